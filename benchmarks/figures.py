@@ -1,0 +1,120 @@
+"""What was measured: figures by metric and peer, each a list of samples whose median counts.
+
+A metric's key says what it is (`tcp.up.1500.8`), so that the JSON files of different versions can be compared by key.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from typing import Literal
+
+Section = Literal["tcp", "latency", "connections", "udp", "cpu", "memory", "idle", "start", "relay", "micro"]
+
+SECTIONS: dict[Section, str] = {
+    "tcp": "TCP throughput",
+    "latency": "Round trips",
+    "connections": "Connections: connect, 1 byte there and back, close",
+    "udp": "UDP, datagrams of 1,400 bytes",
+    "cpu": "CPU of the network process, TCP with 1 stream",
+    "memory": "Memory of the network process",
+    "idle": "Idle connections",
+    "start": "Start",
+    "relay": "What the guest's relay costs by itself",
+    "micro": "The parsing path, without sockets",
+}
+
+ARROW = {"up": "guest → host", "down": "host → guest"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One line of the table."""
+
+    key: str
+    section: Section
+    title: str
+    unit: str
+    more_is_better: bool = False
+
+
+@dataclass
+class Figures:
+    """All samples of a run, and why some are missing."""
+
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    failures: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def add(self, metric: Metric, peer: str, value: float) -> None:
+        self.metrics[metric.key] = metric
+        self.samples.setdefault(metric.key, {}).setdefault(peer, []).append(value)
+
+    def fail(self, metric: Metric, peer: str, reason: str) -> None:
+        self.metrics[metric.key] = metric
+        self.failures.setdefault(metric.key, {})[peer] = reason
+
+    def median(self, key: str, peer: str) -> float | None:
+        samples = self.samples.get(key, {}).get(peer)
+        return statistics.median(samples) if samples else None
+
+    def peers(self) -> list[str]:
+        """All peers with a figure, in the order in which they came."""
+        return list(dict.fromkeys(peer for by_peer in self.samples.values() for peer in by_peer))
+
+
+def tcp_metric(direction: str, mtu: int, streams: int) -> Metric:
+    many = f"{streams} stream{'s' if streams > 1 else ''}"
+    return Metric(
+        f"tcp.{direction}.{mtu}.{streams}",
+        "tcp",
+        f"{ARROW[direction]}, MTU {mtu}, {many}",
+        "Gbit/s",
+        more_is_better=True,
+    )
+
+
+def cpu_metric(direction: str, mtu: int, *, relay: bool = False) -> Metric:
+    key, section = ("relay.cpu", "relay") if relay else ("cpu", "cpu")
+    title = f"{'relay beside it, ' if relay else ''}{ARROW[direction]}, MTU {mtu}"
+    return Metric(f"{key}.{direction}.{mtu}", "cpu" if section == "cpu" else "relay", title, "CPU s/GB")
+
+
+def round_trip_metric(protocol: str, size: int, which: str) -> Metric:
+    many = f"{size} byte{'s' if size > 1 else ''}"
+    return Metric(f"rr.{protocol}.{size}.{which}", "latency", f"{protocol.upper()}, {many}, {which}", "µs")
+
+
+def connections_metric(concurrency: int) -> Metric:
+    title = "one after another" if concurrency == 1 else f"{concurrency} at once"
+    return Metric(f"crr.{concurrency}", "connections", title, "1/s", more_is_better=True)
+
+
+def udp_metric(direction: str, gbits: float, which: str) -> Metric:
+    offered = f"{ARROW[direction]}, {gbits:g} Gbit/s offered"
+    if which == "delivered":
+        return Metric(
+            f"udp.{direction}.{gbits:g}.delivered", "udp", f"{offered}, delivered", "1/s", more_is_better=True
+        )
+    return Metric(f"udp.{direction}.{gbits:g}.loss", "udp", f"{offered}, lost", "%")
+
+
+def memory_metric(which: str, mtu: int) -> Metric:
+    title = {
+        "start": "resident when started",
+        "peak": "resident at most, after all of the above",
+        "pss": "proportional (PSS), at the end",
+    }
+    return Metric(f"memory.{which}.{mtu}", "memory", f"{title[which]}, MTU {mtu}", "MiB")
+
+
+def idle_metric(which: str, count: int) -> Metric:
+    title, unit = {
+        "bytes": (f"memory of one of {count:,} idle connections", "KiB"),
+        "ratio": (f"round trip p50 with {count:,} idle connections over that without", "×"),
+        "p50": (f"round trip p50 with {count:,} idle connections", "µs"),
+    }[which]
+    return Metric(f"idle.{count}.{which}", "idle", title, unit)
+
+
+START = Metric("start.ready", "start", "from exec to ready", "s")

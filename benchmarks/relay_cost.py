@@ -1,0 +1,80 @@
+"""What the relay costs by itself: two guests whose relays are joined back to back, beside the same two on a veth pair.
+
+No user-mode network is between them, so what two relays take from the throughput, and add to a round trip, is twice
+what one takes and adds in the figures of the peers that sit behind a relay. The guests' kernels are in both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from typing import TYPE_CHECKING
+
+from benchmarks import load
+from benchmarks.figures import Figures, Metric
+from benchmarks.lab import Lab, LabError
+from benchmarks.peers import LARGE, SMALL, TAP, Attachment, Surroundings, attach_relay, configure_tap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FIRST, SECOND = "192.168.7.1", "192.168.7.2"
+RELAYS, VETH = "two relays", "veth"
+
+
+def throughput_metric(mtu: int) -> Metric:
+    return Metric(f"relay.tcp.{mtu}", "relay", f"guest → guest, MTU {mtu}, 1 stream", "Gbit/s", more_is_better=True)
+
+
+ROUND_TRIP = Metric("relay.rr.p50", "relay", "round trip guest ↔ guest, TCP, 1 byte, p50", "µs")
+
+
+def join_with_relays(around: Surroundings, mtu: int) -> tuple[Attachment, load.Servers]:
+    """Two guests, each with a tap and a relay, the relays' streams the two ends of a socket pair."""
+    client, server = around.lab.guest("client"), around.lab.guest("server")
+    one, other = socket.socketpair()
+    with one, other:
+        for end in (one, other):
+            os.set_inheritable(end.fileno(), True)
+        near = attach_relay(around, client, str(one.fileno()), pass_fds=[one.fileno()])
+        far = attach_relay(around, server, str(other.fileno()), pass_fds=[other.fileno()])
+    configure_tap(client, mtu, f"{FIRST}/24", None, "52:54:00:00:00:01")
+    configure_tap(server, mtu, f"{SECOND}/24", None, "52:54:00:00:00:02")
+    return Attachment(RELAYS, mtu, client, SECOND, near, far), load.Servers(around.lab, server)
+
+
+def join_with_veth(lab: Lab, mtu: int) -> tuple[Attachment, load.Servers]:
+    """Two guests on a veth pair; nobody's process is between them, so the attachment's is a server that sleeps."""
+    client, server = lab.guest("client"), lab.guest("server")
+    client.ip("link", "add", TAP, "type", "veth", "peer", "name", TAP, "netns", server.name)
+    configure_tap(client, mtu, f"{FIRST}/24", None, "52:54:00:00:00:01")
+    configure_tap(server, mtu, f"{SECOND}/24", None, "52:54:00:00:00:02")
+    # Without offload, as the taps are: else the kernel hands 64 KiB segments across at any MTU.
+    for guest in (client, server):
+        with contextlib.suppress(LabError):  # no ethtool here: the veth is then faster than it ought to be
+            guest.run(["ethtool", "--offload", TAP, "tso", "off", "gso", "off", "gro", "off", "tx", "off"])
+    sleeper = lab.spawn(client, ["sleep", "infinity"])
+    return Attachment(VETH, mtu, client, SECOND, sleeper), load.Servers(lab, server)
+
+
+def measure_relay(around: Surroundings, figures: Figures, seconds: float, say: Callable[[str], None]) -> None:
+    for mtu in (LARGE, SMALL):
+        for attachment, servers in (join_with_relays(around, mtu), join_with_veth(around.lab, mtu)):
+            try:
+                run = load.measure_tcp(servers, attachment, "up", 1, seconds)
+                figures.add(throughput_metric(mtu), attachment.peer, run.gbits)
+                say(f"  {attachment.peer}, MTU {mtu}: {run.gbits:.1f} Gbit/s")
+                if mtu == SMALL:
+                    figures.add(ROUND_TRIP, attachment.peer, load.measure_round_trips(attachment, "tcp", 1, 1).p50)
+            except LabError as error:
+                figures.fail(throughput_metric(mtu), attachment.peer, str(error))
+            finally:
+                attachment.end()
+                servers.end()
+
+
+def relay_microseconds(figures: Figures) -> float | None:
+    """What one relay adds to a round trip."""
+    relays, veth = figures.median(ROUND_TRIP.key, RELAYS), figures.median(ROUND_TRIP.key, VETH)
+    return (relays - veth) / 2 if relays is not None and veth is not None else None

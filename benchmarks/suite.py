@@ -1,0 +1,198 @@
+"""The order of a run: which figures are taken, how often, and in what order.
+
+Machine noise is the enemy, and the machine is shared by the guest, the relay, the network process and both ends of the
+load. So every round goes through all cases, and each case through all peers, one right after another and beginning with
+another peer each round: what slows the machine for a while slows them all. All attachments exist from the start; those
+not measured are idle.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from benchmarks import load
+from benchmarks.figures import (
+    START,
+    Figures,
+    Metric,
+    connections_metric,
+    cpu_metric,
+    idle_metric,
+    memory_metric,
+    round_trip_metric,
+    tcp_metric,
+    udp_metric,
+)
+from benchmarks.lab import LabError, read_memory
+from benchmarks.peers import LARGE, SMALL, Attachment, Peer, Surroundings, measure_start
+from benchmarks.relay_cost import measure_relay
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ALL = ("start", "tcp", "latency", "connections", "udp", "idle", "relay", "micro")
+DIRECTIONS: tuple[load.Direction, ...] = ("up", "down")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how often. Seconds are per single run."""
+
+    rounds: int = 3
+    tcp_seconds: float = 3
+    round_trip_seconds: float = 1.5
+    connection_seconds: float = 2
+    udp_seconds: float = 2
+    udp_gbits: tuple[float, ...] = (0.5, 1.0, 2.0)
+    start_runs: int = 10
+    idle_counts: tuple[int, ...] = (1000,)
+    sections: tuple[str, ...] = ALL
+
+
+QUICK = Plan(
+    rounds=1, tcp_seconds=2, round_trip_seconds=1, connection_seconds=1, udp_seconds=1, udp_gbits=(0.5,), start_runs=3
+)
+
+
+@dataclass
+class Suite:
+    """One run over a set of peers."""
+
+    around: Surroundings
+    servers: load.Servers
+    peers: list[Peer]
+    plan: Plan
+    say: Callable[[str], None]
+    figures: Figures = field(default_factory=Figures)
+    attachments: dict[tuple[str, int], Attachment] = field(default_factory=dict)
+
+    def run(self) -> Figures:
+        """Take all the figures of the plan."""
+        wanted = self.plan.sections
+        if "start" in wanted:
+            self._take_starts()
+        if set(wanted) - {"start", "relay", "micro"}:
+            self._attach_all()
+        for number in range(1, self.plan.rounds + 1):
+            for case in ("tcp", "latency", "connections", "udp"):
+                if case in wanted:
+                    self.say(f"round {number} of {self.plan.rounds}: {case}")
+                    getattr(self, f"_take_{case}")(number)
+        if "tcp" in wanted:
+            self._take_memory()
+        if "idle" in wanted:
+            for number in range(1, self.plan.rounds + 1):
+                self._take_idle(number)
+        if "relay" in wanted:
+            measure_relay(self.around, self.figures, self.plan.tcp_seconds, self.say)
+        return self.figures
+
+    def _attach_all(self) -> None:
+        for peer in self.peers:
+            for mtu in peer.mtus:
+                attachment = self.attachments[peer.name, mtu] = peer.attach(self.around, mtu)
+                load.measure_round_trips(attachment, "tcp", 1, 0.1)  # it works, and ARP is done
+                started = read_memory(attachment.process.pid)
+                self.figures.add(memory_metric("start", mtu), peer.name, started.rss / 1024)
+        self.say(f"{len(self.attachments)} guests attached")
+
+    def _turns(self, number: int, mtu: int) -> Iterator[tuple[Peer, Attachment]]:
+        """The attachments with this MTU, beginning with another one each round."""
+        having = [(peer, self.attachments[peer.name, mtu]) for peer in self.peers if mtu in peer.mtus]
+        shift = number % len(having) if having else 0
+        yield from having[shift:] + having[:shift]
+
+    def _guard(self, metrics: list[Metric], peer: str, take: Callable[[], list[float | None]]) -> None:
+        """Take the figures of these metrics, or note why there are none."""
+        try:
+            values = take()
+        except LabError as error:
+            for metric in metrics:
+                self.figures.fail(metric, peer, str(error))
+            self.say(f"  {metrics[0].title}: {peer}: {error}")
+            return
+        for metric, value in zip(metrics, values, strict=True):
+            if value is not None:
+                self.figures.add(metric, peer, value)
+        shown = ", ".join(f"{value:.4g}" for value in values if value is not None)
+        self.say(f"  {metrics[0].title}: {peer} {shown} {metrics[0].unit}")
+
+    def _take_tcp(self, number: int) -> None:
+        for mtu in (LARGE, SMALL):
+            for streams in (1, 8):
+                for direction in DIRECTIONS:
+                    for peer, attachment in self._turns(number, mtu):
+                        if streams in peer.streams:
+                            take = functools.partial(self._tcp, attachment, direction, streams)
+                            metrics = [tcp_metric(direction, mtu, streams)]
+                            if streams == 1:
+                                metrics += [cpu_metric(direction, mtu), cpu_metric(direction, mtu, relay=True)]
+                            self._guard(metrics, peer.name, take)
+
+    def _tcp(self, attachment: Attachment, direction: load.Direction, streams: int) -> list[float | None]:
+        run = load.measure_tcp(self.servers, attachment, direction, streams, self.plan.tcp_seconds)
+        return [run.gbits, run.cpu, run.relay_cpu] if streams == 1 else [run.gbits]
+
+    def _take_latency(self, number: int) -> None:
+        cases: tuple[tuple[load.Protocol, int], ...] = (("tcp", 1), ("tcp", 100), ("udp", 100))
+        for protocol, size in cases:
+            for peer, attachment in self._turns(number, SMALL):
+                metrics = [round_trip_metric(protocol, size, which) for which in ("p50", "p99")]
+                self._guard(metrics, peer.name, functools.partial(self._round_trips, attachment, protocol, size))
+
+    def _round_trips(self, attachment: Attachment, protocol: load.Protocol, size: int) -> list[float | None]:
+        run = load.measure_round_trips(attachment, protocol, size, self.plan.round_trip_seconds)
+        return [run.p50, run.p99]
+
+    def _take_connections(self, number: int) -> None:
+        for concurrency in (1, 16):
+            for peer, attachment in self._turns(number, SMALL):
+                take = functools.partial(self._connections, attachment, concurrency)
+                self._guard([connections_metric(concurrency)], peer.name, take)
+
+    def _connections(self, attachment: Attachment, concurrency: int) -> list[float | None]:
+        return [load.measure_connections(attachment, concurrency, self.plan.connection_seconds)]
+
+    def _take_udp(self, number: int) -> None:
+        for gbits in self.plan.udp_gbits:
+            for direction in DIRECTIONS:
+                for peer, attachment in self._turns(number, SMALL):
+                    metrics = [udp_metric(direction, gbits, which) for which in ("delivered", "loss")]
+                    self._guard(metrics, peer.name, functools.partial(self._udp, attachment, direction, gbits))
+
+    def _udp(self, attachment: Attachment, direction: load.Direction, gbits: float) -> list[float | None]:
+        run = load.measure_udp(self.servers, attachment, direction, gbits, self.plan.udp_seconds)
+        return [run.delivered, run.loss]
+
+    def _take_memory(self) -> None:
+        for (name, mtu), attachment in self.attachments.items():
+            memory = read_memory(attachment.process.pid)
+            self.figures.add(memory_metric("peak", mtu), name, memory.peak / 1024)
+            self.figures.add(memory_metric("pss", mtu), name, memory.pss / 1024)
+
+    def _take_idle(self, number: int) -> None:
+        """On fresh attachments: what a process once needed for bulk data would hide what its connections take."""
+        for count in self.plan.idle_counts:
+            self.say(f"round {number} of {self.plan.rounds}: {count} idle connections")
+            metrics = [idle_metric(which, count) for which in ("ratio", "bytes", "p50")]
+            for peer in self.peers:
+                if peer.name != "qemu-user":  # the same libslirp as slirp4netns
+                    self._guard(metrics, peer.name, functools.partial(self._idle, peer, count))
+
+    def _idle(self, peer: Peer, count: int) -> list[float | None]:
+        attachment = peer.attach(self.around, SMALL)
+        try:
+            idle = load.measure_idle(self.around.lab, attachment, count, self.plan.round_trip_seconds)
+        finally:
+            attachment.end()
+        return [idle.round_trip_ratio, idle.bytes_each / 1024, idle.round_trip]
+
+    def _take_starts(self) -> None:
+        for _ in range(self.plan.start_runs):
+            for peer in self.peers:
+                self._guard([START], peer.name, functools.partial(self._start, peer))
+
+    def _start(self, peer: Peer) -> list[float | None]:
+        return [measure_start(peer, self.around)]

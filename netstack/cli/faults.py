@@ -1,0 +1,45 @@
+"""How a command ends when it cannot go on: one line for people, and an exit status for programs."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+EXIT_FAILURE = 1  # it failed while running
+EXIT_BAD_INPUT = 2  # a flag, a file or an address that cannot be used
+
+
+class CommandError(Exception):
+    """A command cannot go on; str() is one line that says what is at fault and what to do."""
+
+    exit_code = EXIT_FAILURE
+
+
+class InputError(CommandError):
+    """What the user gave cannot be used."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+def say(line: str) -> None:
+    """Write a line for people, on standard error. That nobody can read it is no reason to end."""
+    try:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line, for people."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    """The exceptions in a group, of whatever depth; trio's nurseries wrap even a single one."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in leaves(inner)]
+    return [error]

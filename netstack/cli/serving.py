@@ -1,0 +1,98 @@
+"""What every command that runs a network shares: the signals that end it, its end in time, its API.
+
+SIGTERM and SIGINT ask for the end, which comes within DRAIN_SECONDS whatever the network is doing; a second one ends
+it at once. SIGHUP asks to read the settings again.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING, Any, Protocol
+
+import trio
+
+from netstack.cli.faults import CommandError, say
+from netstack.control.api import ApiError, ApiListener, listen_tcp, listen_unix, serve_api
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from netstack.config import Config
+    from netstack.control.log import Log
+
+# The promise is two seconds; the rest is for the interpreter's own end.
+DRAIN_SECONDS = 1.6
+
+
+class Network(Protocol):
+    """What the commands use of a network; `netstack.gateway.Network` is the one there is."""
+
+    def statistics(self) -> Mapping[str, Any]:
+        """Everything that is to be seen, ready for JSON."""
+
+    def reload(self, config: Config) -> list[str]:
+        """Take over the settings that can change while running; return the names of those that cannot."""
+
+    def protect_port(self, port: int) -> None:
+        """Refuse guests this port of the host's loopback."""
+
+
+class Signals:
+    """The signals that a running network obeys."""
+
+    def __init__(self, on_reload: Callable[[], None]) -> None:
+        self.stop = trio.Event()  # set once the end is wished for
+        self._on_reload = on_reload
+
+    async def watch(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
+        """Turn signals into the wish to end, and hold `scope` to the time promised once there is one."""
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+            task_status.started()
+            async for number in signals:
+                if number == signal.SIGHUP:
+                    self._on_reload()
+                elif self.stop.is_set():
+                    scope.cancel()
+                else:
+                    self.stop.set()
+                    scope.deadline = trio.current_time() + DRAIN_SECONDS
+
+
+def listen_for_api(config: Config, network: Network, asked_for: Sequence[str]) -> list[ApiListener]:
+    """Listen where the API is to be served. Raises CommandError.
+
+    `asked_for` are the addresses that the user named. A second netstack finds the default one taken: that is worth a
+    line, not a refusal.
+    """
+    listeners: list[ApiListener] = []
+    try:
+        for spec in config.api_listeners():
+            try:
+                listener = listen_unix(spec.path) if spec.path else listen_tcp(spec.host, spec.port)
+            except ApiError as error:
+                if spec.uri in asked_for:
+                    raise
+                say(f"netstack: {error}")
+                continue
+            listeners.append(listener)
+            if listener.token is not None:
+                network.protect_port(listener.port)
+                place = config.token_place(listener.port)
+                listener.store_token(place)
+                say(f"netstack: the API at {listener.uri} wants the token {listener.token}, also in {place}")
+    except ApiError as error:
+        for listener in listeners:
+            listener.close()
+        raise CommandError(str(error)) from None
+    return listeners
+
+
+async def serve_in_background(network: Network, listeners: Sequence[ApiListener], log: Log) -> None:
+    """After the network is ready: import what a start need not wait for, and serve the API until cancelled."""
+    try:
+        await trio.to_thread.run_sync(log.warm_up)
+        if listeners:
+            await serve_api(network, listeners, log=log)
+    finally:
+        for listener in listeners:
+            listener.close()

@@ -1,0 +1,257 @@
+"""The HTTP API: what is running, as JSON, on a unix socket of mode 0600 and on request on loopback TCP with a token.
+
+Listening and serving are two steps. `listen_unix` and `listen_tcp` are a few system calls, made before the network says
+that it is ready, so that whoever was told finds the socket. hypercorn and starlette take 0.3 s to import, in a thread
+and after that; until then requests wait in the socket's queue.
+
+Who may ask. The unix socket is its owner's by its mode. The TCP socket is everybody's on this host, and a guest
+reaches the host's loopback through the gateway address: so it answers nothing without the bearer token, and the
+gateway is told to refuse guests that port besides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import socket
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from netstack.control.log import Log
+
+BACKLOG = 64
+TOKEN_BYTES = 32
+GRACE_SECONDS = 0.2  # for answers in flight when the network ends
+
+
+class StatusSource(Protocol):
+    """The part of a network that the API shows."""
+
+    def statistics(self) -> Mapping[str, Any]:
+        """Everything that is to be seen, ready for JSON."""
+
+
+class ApiError(Exception):
+    """The API cannot be served; str() is one line that says where and why."""
+
+
+class ApiListener:
+    """A listening socket of the API. Made by `listen_unix` or `listen_tcp`; close it in the end."""
+
+    def __init__(self, sock: socket.socket, uri: str, *, path: Path | None = None, token: str | None = None) -> None:
+        self.sock = sock
+        self.uri = uri  # with the real port, where 0 was asked for
+        self.token = token
+        self.port = 0 if path else int(sock.getsockname()[1])
+        self._files: list[tuple[Path, int]] = []  # ours to remove, if they still are the same inode
+        if path:
+            self._own(path)
+
+    def store_token(self, path: Path) -> None:
+        """Write the token where its owner's programs find it. Raises ApiError."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "w") as file:
+                os.fchmod(fd, 0o600)
+                file.write(f"{self.token}\n")
+            temporary.replace(path)
+        except OSError as error:
+            raise ApiError(f"cannot store the API's token in {path}: {error.strerror}") from None
+        self._own(path)
+
+    def close(self) -> None:
+        """Stop listening and remove the socket's and the token's file. May be called twice."""
+        self.sock.close()
+        for path, inode in self._files:
+            with contextlib.suppress(OSError):
+                if path.lstat().st_ino == inode:
+                    path.unlink()
+        self._files.clear()
+
+    def _own(self, path: Path) -> None:
+        self._files.append((path, path.lstat().st_ino))
+
+
+def listen_unix(path: str) -> ApiListener:
+    """Listen at a unix socket that only its owner can use. A socket file that nobody listens at is replaced.
+
+    Raises ApiError.
+    """
+    place = Path(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale_socket(place)
+        # bind() makes the file with 0777 & ~umask: a chmod afterwards would leave a moment in which anybody may
+        # connect.
+        before = os.umask(0o177)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(before)
+        sock.listen(BACKLOG)
+        return ApiListener(sock, f"unix://{path}", path=place)
+    except OSError as error:
+        sock.close()
+        raise ApiError(f"cannot listen for the API at {path}: {error.strerror}") from None
+    except ApiError:
+        sock.close()
+        raise
+
+
+def listen_tcp(host: str, port: int) -> ApiListener:
+    """Listen on a loopback address, with a fresh token. Port 0 takes a free one. Raises ApiError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    shown = f"[{host}]" if family == socket.AF_INET6 else host
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ApiError(f"cannot listen for the API at tcp://{shown}:{port}: {error.strerror}") from None
+    return ApiListener(sock, f"tcp://{shown}:{sock.getsockname()[1]}", token=secrets.token_urlsafe(TOKEN_BYTES))
+
+
+async def serve_api(
+    network: StatusSource,
+    listeners: Sequence[ApiListener],
+    *,
+    log: Log | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer requests at all `listeners` until cancelled, then close them. The network outlives any failure in here."""
+    try:
+        await trio.to_thread.run_sync(_import_server)
+        async with trio.open_nursery() as nursery:
+            for listener in listeners:
+                await nursery.start(_serve, make_app(network, listener.token, log), listener.sock)
+            task_status.started()
+    except Exception as error:
+        if log is None:
+            raise
+        log.error("the API has ended", error=repr(error))
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+def make_app(network: StatusSource, token: str | None, log: Log | None = None) -> ASGIApp:
+    """The ASGI application. With a `token`, every request must carry it."""
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    async def status(request: Request) -> Response:
+        return JSONResponse(network.statistics(), headers={"cache-control": "no-store"})
+
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(_openapi(needs_token=token is not None))
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+
+    async def failed(request: Request, error: Exception) -> Response:
+        if log is not None:
+            log.error("an API request failed", path=request.url.path, error=repr(error))
+        return JSONResponse({"error": "netstack failed to answer; its log says why"}, 500)
+
+    handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]]
+    handlers = {HTTPException: refused, Exception: failed}
+    routes = [Route("/v1/status", status), Route("/openapi.json", openapi)]
+    app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
+    return app if token is None else _RequireToken(app, token)
+
+
+class _RequireToken:
+    """ASGI: lets pass only requests with `Authorization: Bearer TOKEN`."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+            return
+        if scope["type"] == "http":
+            given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
+            if not secrets.compare_digest(given, self._expected):
+                from starlette.responses import JSONResponse
+
+                words = {"error": "send the header Authorization: Bearer TOKEN, with the token that netstack printed"}
+                response = JSONResponse(words, 401, headers={"www-authenticate": "Bearer"})
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+async def _serve(app: ASGIApp, sock: socket.socket, *, task_status: trio.TaskStatus[Any]) -> None:
+    from hypercorn.config import Config
+    from hypercorn.trio import serve
+
+    config = Config()
+    # hypercorn takes the descriptor over and closes it: give it one of its own.
+    config.bind = [f"fd://{os.dup(sock.fileno())}"]
+    config.errorlog = None
+    config.accesslog = None
+    config.include_server_header = False
+    config.graceful_timeout = GRACE_SECONDS
+    await serve(app, config, mode="asgi", task_status=task_status)  # type: ignore[arg-type] # its own ASGI types
+
+
+def _import_server() -> None:
+    import hypercorn.trio  # noqa: F401
+    import starlette.applications
+    import starlette.responses
+    import starlette.routing  # noqa: F401
+
+
+def _remove_stale_socket(path: Path) -> None:
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ApiError(f"cannot listen for the API at {path}: a file that is no socket is there; name another path")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        code = probe.connect_ex(str(path))
+    if code == errno.ECONNREFUSED:
+        path.unlink(missing_ok=True)
+    elif code != errno.ENOENT:
+        raise ApiError(f"cannot listen for the API at {path}: another process listens there; name another with --api")
+
+
+def _openapi(*, needs_token: bool) -> dict[str, Any]:
+    """OpenAPI 3.1 of what is served here."""
+    from netstack.version import __version__
+
+    answer = {
+        "description": "Links, guests, flows and counters",
+        "content": {"application/json": {"schema": {"type": "object"}}},
+    }
+    operation = {"summary": "What is running", "operationId": "getStatus", "responses": {"200": answer}}
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "netstack", "version": __version__},
+        "paths": {"/v1/status": {"get": operation}},
+    }
+    if needs_token:
+        document["components"] = {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}
+        document["security"] = [{"token": []}]
+    return document

@@ -1,0 +1,463 @@
+"""What UDP flows and ping flows have in common: one host socket per guest endpoint, errors, idle time, caps.
+
+Theory of operation
+-------------------
+A `DatagramFlow` joins one endpoint of a guest, (address, port) or (address, echo identifier), to one unconnected host
+socket, through which that endpoint talks to any number of peers (endpoint-independent mapping, RFC 4787 REQ-1). The
+guest's datagrams go straight into the socket; what the socket receives goes to where the guest was last seen. There is
+no queue on either side: the host's socket buffer is the queue toward the guest, and while the guest's link is congested
+the flow does not read from it.
+
+What the host learns of a datagram's fate comes back to the guest as the ICMP message that a router would have sent. It
+comes on two ways: as the errno of the send itself, or later, through the socket's error queue. Both meet in one place
+because of a fact about Linux: an ICMP error that has come in is also raised, once, by the *next* call on the socket,
+which may concern another peer. So after a failed send the error queue is read first. If an ICMP error lay in it, the
+errno was its echo, and the send is tried once more.
+
+Flows are kept in order of use, with a resolution of one second, so that the hot path need not touch the order for
+every datagram. When there are too many, the least recently used goes; it is taken from the link that exceeds its
+share, or at the overall limit from the link that has the most flows, so that no guest can evict another's. The unit
+is the link, because a guest can lie about its addresses and its MAC, but not about the link it sits on.
+
+Counted as dropped (`protocol` is "udp" or "ping"): protocol_flow_evicted, protocol_no_socket, protocol_denied,
+protocol_ttl_exceeded, protocol_too_big, protocol_host_queue_full, protocol_host_refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from netstack.core.ports import FAILED, READABLE, Buffer, DatagramSocket, Events, Host, Link, Poller, SocketError
+from netstack.core.timers import NEVER, Timers
+from netstack.wire.icmp import (
+    HOST_UNREACHABLE,
+    NO_ROUTE,
+    PARAMETER_PROBLEM,
+    PARAMETER_PROBLEM6,
+    PORT_UNREACHABLE,
+    PROHIBITED,
+    TIME_EXCEEDED,
+    TIME_EXCEEDED6,
+    TOO_BIG,
+    TOO_BIG6,
+    UNREACHABLE,
+    UNREACHABLE6,
+    Problem,
+)
+
+# Datagrams read from one flow in one wakeup, then others get their turn: about one full link buffer at MTU 1500.
+BURST = 64
+
+# Errors taken off one socket's queue at a time. The kernel bounds the queue by the receive buffer.
+_ERROR_BURST = 32
+
+# The largest datagram that a host socket can hand out (RFC 768: a length field of 16 bits).
+_LARGEST = 65536
+
+# How exact the order of use, and with it the idle time, is kept, in seconds.
+RESOLUTION = 1.0
+
+# RFC 1191 7.1: path MTUs met in practice. Used where the host says "too big" and does not say how big.
+_PLATEAUS = (32000, 17914, 8166, 4352, 2002, 1492, 1280, 1006, 508, 296, 68)
+
+# What errno of a send the guest is told in which words. Not in the table: nothing that a router would say.
+_PROBLEMS = {
+    errno.ECONNREFUSED: PORT_UNREACHABLE,
+    errno.EHOSTUNREACH: HOST_UNREACHABLE,
+    errno.EHOSTDOWN: HOST_UNREACHABLE,
+    errno.ENETUNREACH: NO_ROUTE,
+    errno.ENETDOWN: NO_ROUTE,
+    errno.EADDRNOTAVAIL: NO_ROUTE,  # IPv6: the host has no source address for this destination
+    errno.EAFNOSUPPORT: NO_ROUTE,  # the host has no IPv6
+    errno.EPERM: PROHIBITED,  # the host's packet filter
+    # A "prohibit" route, a broadcast address of the host's network, or a kind of socket that the host forbids.
+    errno.EACCES: PROHIBITED,
+    errno.EPROTONOSUPPORT: PROHIBITED,
+}
+
+# The kernel has no room at the moment.
+_BUSY = frozenset((errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOBUFS, errno.ENOMEM))
+
+# No more descriptors, in this process or on the host.
+_NO_DESCRIPTOR = frozenset((errno.EMFILE, errno.ENFILE))
+
+# The ICMP errors that are passed on: a source quench is obsolete (RFC 6633), a redirect is the host's own business.
+_RELAYED4 = frozenset((UNREACHABLE, TIME_EXCEEDED, PARAMETER_PROBLEM))
+_RELAYED6 = frozenset((UNREACHABLE6, TOO_BIG6, TIME_EXCEEDED6, PARAMETER_PROBLEM6))
+
+
+class Counters(Protocol):
+    """Counts what was dropped, by reason."""
+
+    def drop(self, reason: str, /) -> None: ...
+
+
+class Limits(Protocol):
+    """The caps that datagram flows obey."""
+
+    @property
+    def udp_flows(self) -> int: ...
+    @property
+    def udp_flows_per_guest(self) -> int: ...
+    @property
+    def ping_flows(self) -> int: ...
+
+
+class Stack(Protocol):
+    """What UDP and ICMP ask of the stack."""
+
+    @property
+    def counters(self) -> Counters: ...
+    @property
+    def timers(self) -> Timers: ...
+    @property
+    def poller(self) -> Poller: ...
+    @property
+    def host(self) -> Host: ...
+    @property
+    def events(self) -> Events | None: ...
+    @property
+    def limits(self) -> Limits: ...
+
+    def send_ip(self, link: Link, mac: bytes, packet: bytes, payload: Buffer | None = None) -> None:
+        """One IP packet to this guest; `payload`, where given, is its tail."""
+
+    def send_udp(
+        self, link: Link, mac: bytes, src: bytes, src_port: int, dst: bytes, dst_port: int, payload: Buffer
+    ) -> None:
+        """One UDP datagram to this guest, fragmented to its MTU where needed."""
+
+    def send_transport(self, link: Link, mac: bytes, src: bytes, dst: bytes, protocol: int, body: bytes) -> None:
+        """A transport header and payload to this guest, fragmented to its MTU where needed."""
+
+    def send_error(
+        self, link: Link, mac: bytes, src: bytes | None, packet: Buffer, problem: Problem, parameter: int = 0
+    ) -> None:
+        """An ICMP error about this packet of the guest's, from `src`; None: from the gateway's address of its family.
+
+        Sends nothing where wire.icmp.write_error forbids an error.
+        """
+
+    def to_host(self, dst: bytes) -> bytes | None:
+        """Where the host must send for this destination of a guest's; None when that is not allowed."""
+
+    def from_host(self, address: bytes) -> bytes:
+        """The address by which guests know this address of the host's side."""
+
+    def guest_mtu(self, address: bytes) -> int:
+        """The largest IP packet that this guest is known to take."""
+
+    def is_gateway(self, address: bytes) -> bool:
+        """Whether this is one of the gateway's own addresses, its DNS and link-local addresses included."""
+
+
+class DatagramFlow:
+    """One guest endpoint and its host socket. Subclasses know the protocol."""
+
+    __slots__ = (
+        "_waiting",
+        "bytes_from_guest",
+        "bytes_to_guest",
+        "closed",
+        "guest",
+        "heap_at",
+        "link",
+        "mac",
+        "opened_at",
+        "peer",
+        "port",
+        "sock",
+        "stack",
+        "table",
+        "timeout",
+        "timer_at",
+        "used_at",
+    )
+
+    protocol: ClassVar[str]
+
+    def __init__(
+        self, table: DatagramFlows[Any], link: Link, mac: bytes, guest: bytes, port: int, timeout: float
+    ) -> None:
+        self.table = table
+        self.stack = table.stack
+        self.link = link  # where the guest was last seen
+        self.mac = mac
+        self.guest = guest
+        self.port = port  # of echo: the identifier
+        self.timeout = timeout  # seconds without a datagram in either direction
+        self.sock: DatagramSocket
+        self.peer: tuple[bytes, int] = (b"", 0)  # the first one, for lists and logs
+        self.closed = False
+        self.opened_at = self.used_at = 0.0
+        self.timer_at = self.heap_at = NEVER
+        self.bytes_from_guest = 0
+        self.bytes_to_guest = 0
+        self._waiting = False
+
+    def deliver(self, length: int, address: bytes, port: int, mtu: int, now: float) -> None:
+        """Send the datagram that lies in table.scratch[:length] to the guest, in packets of at most `mtu` bytes."""
+        raise NotImplementedError
+
+    def rebuild(self, dst: bytes, port: int, payload: Buffer, ttl: int) -> bytes:
+        """The IP packet by which the guest must have sent this, to be quoted in an ICMP error. b"" when unknown."""
+        raise NotImplementedError
+
+    def as_asked(self, address: bytes) -> bytes:
+        """The address by which the guest knows this address on the host's side."""
+        return self.stack.from_host(address)
+
+    # --- from the host
+
+    def on_ready(self, events: int, now: float) -> None:
+        """Pass on what has come from the host, up to BURST datagrams."""
+        if events & FAILED:
+            self.drain_errors()
+        if not events & READABLE or self.closed:
+            return
+        if self.link.congested:
+            self._wait_for_link()
+            return
+        table = self.table
+        link = self.link
+        if now - self.used_at >= RESOLUTION:
+            table.touch(self, now)
+        mtu = min(self.stack.guest_mtu(self.guest), link.mtu)
+        scratch = table.scratch
+        receive_from = self.sock.receive_from
+        deliver = self.deliver
+        for _ in range(BURST):
+            try:
+                length, address, port = receive_from(scratch)
+            except BlockingIOError:
+                return
+            except OSError:
+                # The echo of an ICMP error (see above); its substance is in the error queue.
+                self.drain_errors()
+                continue
+            deliver(length, address, port, mtu, now)
+            if link.congested:  # by what was just delivered
+                self._wait_for_link()
+                return
+
+    def _wait_for_link(self) -> None:
+        """Leave what comes in the socket's buffer, where the kernel bounds it, until the link has room."""
+        if not self._waiting:
+            self._waiting = True
+            self.stack.poller.modify(self.sock.fileno(), 0)
+            self.link.wait_drained(self)
+
+    def on_drained(self, now: float) -> None:
+        if self._waiting:
+            self._waiting = False
+            if not self.closed:
+                self.stack.poller.modify(self.sock.fileno(), READABLE)
+
+    def drain_errors(self) -> tuple[int, int]:
+        """Pass on what is in the error queue: how many ICMP errors; the MTU for which the host refused a send, or 0."""
+        relayed = mtu = 0
+        for _ in range(_ERROR_BURST):
+            error = self.sock.receive_error()
+            if error is None:
+                break
+            if error.offender is not None:
+                relayed += 1
+                self._relay(error)
+            elif error.errno == errno.EMSGSIZE:
+                mtu = error.mtu
+        return relayed, mtu
+
+    def _relay(self, error: SocketError) -> None:
+        """Send an ICMP error on to the guest, from the address of whoever sent it."""
+        offender = error.offender
+        assert offender is not None
+        relayed = _RELAYED4 if len(self.guest) == 4 else _RELAYED6
+        if error.icmp_type not in relayed or len(offender) != len(self.guest):
+            return
+        stack = self.stack
+        # The packet had its last hop before it when a router dropped it for its TTL; otherwise nobody looks.
+        packet = self.rebuild(self.as_asked(error.destination), error.port, error.payload, 1)
+        if packet:
+            kind, code = error.icmp_type, error.icmp_code
+            problem = Problem(kind, code, kind, code)
+            stack.send_error(self.link, self.mac, self.as_asked(offender), packet, problem, error.mtu)
+
+    # --- from the guest, off the hot path
+
+    def on_send_error(
+        self, error: OSError, payload: Buffer, dst: bytes, target: bytes, port: int, ttl: int, dont_fragment: bool
+    ) -> None:
+        """A send failed: try once more where that was another datagram's fault, else tell the guest."""
+        if error.errno in _BUSY:
+            self.stack.counters.drop(f"{self.protocol}_host_queue_full")
+            return
+        relayed, mtu = self.drain_errors()
+        if relayed and not mtu:
+            try:
+                self.sock.send_to(payload, target, port, ttl, dont_fragment)
+            except OSError as second:
+                error = second
+                mtu = self.drain_errors()[1]
+            else:
+                return
+        self.refuse(error.errno or 0, mtu, dst, port, payload, ttl)
+
+    def refuse(
+        self, code: int, mtu: int, dst: bytes, port: int, payload: Buffer, ttl: int, reason: str = "host_refused"
+    ) -> None:
+        """Count, and tell the guest why the host did not take its datagram."""
+        stack = self.stack
+        packet = self.rebuild(dst, port, payload, ttl)
+        if code == errno.EMSGSIZE:
+            stack.counters.drop(f"{self.protocol}_too_big")
+            if not mtu:
+                mtu = next((plateau for plateau in _PLATEAUS if plateau < len(packet)), _PLATEAUS[-1])
+            # RFC 8200 5: no path has less over IPv6.
+            stack.send_error(self.link, self.mac, None, packet, TOO_BIG, mtu if len(dst) == 4 else max(mtu, 1280))
+            return
+        stack.counters.drop(f"{self.protocol}_{reason}")
+        problem = _PROBLEMS.get(code)
+        if problem is not None:
+            stack.send_error(self.link, self.mac, None, packet, problem)
+
+    # --- time
+
+    def on_timer(self, now: float) -> None:
+        due = self.used_at + self.timeout + RESOLUTION
+        if due <= now:
+            self.table.close(self, now, "idle")
+        else:
+            self.stack.timers.arm(self, due)
+
+
+def format_endpoint(address: bytes, port: int) -> str:
+    """For lists and logs: 192.168.5.15:53, [fd00::15]:53."""
+    text = str(ipaddress.ip_address(address)) if address else ""
+    return f"[{text}]:{port}" if len(address) == 16 else f"{text}:{port}"
+
+
+F = TypeVar("F", bound=DatagramFlow)
+
+
+class DatagramFlows(Generic[F]):
+    """All flows of one protocol, by guest address and port: the hot path looks into `flows` itself."""
+
+    def __init__(self, stack: Stack, protocol: str) -> None:
+        self.stack = stack
+        self.protocol = protocol
+        self.flows: dict[tuple[bytes, int], F] = {}
+        # Of each link, its flows, least recently used first.
+        self._shares: dict[Link, OrderedDict[tuple[bytes, int], F]] = {}
+        # What was received last from the host; one buffer for all, since each datagram is passed on at once.
+        self.scratch = memoryview(bytearray(_LARGEST))
+
+    def limit(self) -> int:
+        """How many flows there may be."""
+        raise NotImplementedError
+
+    def share(self) -> int:
+        """How many flows one link may have."""
+        raise NotImplementedError
+
+    def open_socket(self, flow: F) -> DatagramSocket:
+        """The host socket for this flow. Raises OSError."""
+        raise NotImplementedError
+
+    def on_open_failed(self, error: OSError) -> str:
+        """The reason under which to count this, without the protocol's name."""
+        return "no_socket"
+
+    def __len__(self) -> int:
+        return len(self.flows)
+
+    def __iter__(self) -> Iterator[F]:
+        return iter(self.flows.values())
+
+    def add(self, flow: F, dst: bytes, dst_port: int, payload: Buffer, now: float) -> bool:
+        """Open the flow's socket and take it in; others may have to go. When that cannot be done, tell the guest."""
+        link = flow.link
+        own = self._shares.get(link)
+        if own is not None and len(own) >= self.share():
+            self._evict(own, now)
+        elif self.flows and len(self.flows) >= self.limit():
+            most = max(self._shares.values(), key=len)
+            self._evict(own if own is not None and len(own) >= len(most) else most, now)
+        error = self._try_open(flow)
+        if error is not None and error.errno in _NO_DESCRIPTOR and link in self._shares:
+            self._evict(self._shares[link], now)
+            error = self._try_open(flow)
+        stack = self.stack
+        if error is not None:
+            flow.refuse(error.errno or 0, 0, dst, dst_port, payload, 1, self.on_open_failed(error))
+            return False
+        flow.peer = (dst, dst_port)
+        flow.opened_at = flow.used_at = now
+        key = (flow.guest, flow.port)
+        self.flows[key] = flow
+        self._shares.setdefault(link, OrderedDict())[key] = flow
+        stack.poller.register(flow.sock.fileno(), flow, READABLE)
+        stack.timers.arm(flow, now + flow.timeout + RESOLUTION)
+        events = stack.events
+        if events is not None and events.debug:
+            events.flow_opened(self.protocol, format_endpoint(flow.guest, flow.port), format_endpoint(*flow.peer))
+        return True
+
+    def _try_open(self, flow: F) -> OSError | None:
+        try:
+            flow.sock = self.open_socket(flow)
+        except OSError as error:
+            return error
+        return None
+
+    def touch(self, flow: F, now: float) -> None:
+        """The flow is in use; to be called when its used_at is older than RESOLUTION."""
+        flow.used_at = now
+        self._shares[flow.link].move_to_end((flow.guest, flow.port))
+
+    def move(self, flow: F, link: Link) -> None:
+        """The guest is behind another link now."""
+        key = (flow.guest, flow.port)
+        self._leave_share(flow)
+        flow.link = link
+        self._shares.setdefault(link, OrderedDict())[key] = flow
+        flow.on_drained(flow.used_at)  # the other link may not be congested
+
+    def close(self, flow: F, now: float, why: str) -> None:
+        """Close the flow's socket and forget it."""
+        if flow.closed:
+            return
+        flow.closed = True
+        stack = self.stack
+        stack.timers.cancel(flow)
+        stack.poller.unregister(flow.sock.fileno())
+        flow.sock.close()
+        del self.flows[flow.guest, flow.port]
+        self._leave_share(flow)
+        events = stack.events
+        if events is not None and events.debug:
+            guest, peer = format_endpoint(flow.guest, flow.port), format_endpoint(*flow.peer)
+            events.flow_closed(self.protocol, guest, peer, why, flow.bytes_from_guest, flow.bytes_to_guest)
+
+    def close_link(self, link: Link, now: float) -> None:
+        """The link is gone, and with it the guests behind it."""
+        for flow in list(self._shares.get(link, {}).values()):
+            self.close(flow, now, "link closed")
+
+    def close_all(self, now: float) -> None:
+        """The stack ends."""
+        for flow in list(self.flows.values()):
+            self.close(flow, now, "shutdown")
+
+    def _evict(self, share: OrderedDict[tuple[bytes, int], F], now: float) -> None:
+        self.stack.counters.drop(f"{self.protocol}_flow_evicted")
+        self.close(next(iter(share.values())), now, "evicted")
+
+    def _leave_share(self, flow: F) -> None:
+        share = self._shares[flow.link]
+        del share[flow.guest, flow.port]
+        if not share:
+            del self._shares[flow.link]

@@ -1,0 +1,76 @@
+"""The table of TCP flows, and the limits of the stack.
+
+A key is the two addresses and the two ports as they stand in the guest's packets, so that the hot path looks a flow up
+with what one unpack gave it: IPv4 `(source << 32 | destination, source port << 16 | destination port)`, IPv6 the same
+with 32 bytes in place of the first integer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from netstack.core.tcp import TcpFlow
+
+FlowKey = tuple[int | bytes, int]
+
+
+def flow_key(src: bytes, src_port: int, dst: bytes, dst_port: int) -> FlowKey:
+    """The key of the flow whose guest is `src`."""
+    addresses = int.from_bytes(src + dst, "big") if len(src) == 4 else src + dst
+    return addresses, src_port << 16 | dst_port
+
+
+@dataclass(slots=True)
+class Limits:
+    """What a stack may hold. One guest gets at most the `_per_guest` part, so that others go on."""
+
+    tcp_flows: int = 65536
+    tcp_flows_per_guest: int = 32768
+    udp_flows: int = 8192
+    udp_flows_per_guest: int = 4096
+    ping_flows: int = 256
+    in_flight_bytes: int = 256 << 20  # sent to guests and not acknowledged
+    for_host_bytes: int = 256 << 20  # accepted from guests and not yet taken by the host's sockets
+    reassembly_bytes: int = 4 << 20
+    neighbors: int = 4096
+    icmp_errors_per_second: int = 1000
+
+
+class FlowTable:
+    """Every TCP flow, by key."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.tcp: dict[FlowKey, TcpFlow] = {}
+        self._per_guest: dict[bytes, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.tcp)
+
+    def __iter__(self) -> Iterator[TcpFlow]:
+        return iter(list(self.tcp.values()))
+
+    def refusal(self, guest: bytes) -> str | None:
+        """Why no further flow of this guest fits, as a drop reason; None when one does."""
+        if len(self.tcp) >= self._limits.tcp_flows:
+            return "tcp_flow_table_full"
+        if self._per_guest.get(guest, 0) >= self._limits.tcp_flows_per_guest:
+            return "tcp_flows_of_guest"
+        return None
+
+    def add(self, flow: TcpFlow) -> None:
+        self.tcp[flow.key] = flow
+        self._per_guest[flow.guest] = self._per_guest.get(flow.guest, 0) + 1
+
+    def remove(self, flow: TcpFlow) -> None:
+        """Take the flow out; harmless when it is not in, or when another has its key by now."""
+        if self.tcp.get(flow.key) is flow:
+            del self.tcp[flow.key]
+            left = self._per_guest[flow.guest] - 1
+            if left:
+                self._per_guest[flow.guest] = left
+            else:
+                del self._per_guest[flow.guest]

@@ -1,0 +1,346 @@
+"""The slow road: every frame from a guest that the fast path of `core.stack` does not know.
+
+One frame goes through four rooms: `on_frame` (Ethernet and the switch), `_on_ipv4`/`_on_ipv6` (who sent it, is it whole,
+is it for us or for the world), then `_on_tcp`, `_on_udp` or ICMP. What does not fit is dropped and counted under the
+name given here; nothing raises. Fragments go to `core.reassembly` and come back in as one packet.
+
+Reasons: ethernet_short, ethernet_bad_source, ethertype_unknown, ipv4_malformed, ipv6_malformed, source_not_its_own,
+fragment_* and reassembly_* (core.reassembly), not_forwarded (broadcast, multicast), protocol_unknown, tcp_malformed,
+tcp_no_flow, tcp_no_route, tcp_flow_table_full, tcp_flows_of_guest, udp_bad_length, ttl_exceeded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from netstack.core.addresses import UNSPECIFIED4, UNSPECIFIED6, is_link_local6
+from netstack.core.flows import flow_key
+from netstack.core.ports import Datagram, Link
+from netstack.core.tcp import TIME_WAIT, TcpFlow
+from netstack.wire import icmp
+from netstack.wire.ethernet import ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6
+from netstack.wire.ipv4 import PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP, Ipv4, parse_ipv4
+from netstack.wire.ipv6 import NO_NEXT_HEADER, Ipv6, parse_ipv6
+from netstack.wire.tcp import ACK, RST, SYN, Tcp, parse_options, parse_tcp, seq_gt, write_tcp
+from netstack.wire.udp import parse_udp
+
+if TYPE_CHECKING:
+    from netstack.core.neighbors import Neighbor
+    from netstack.core.stack import Stack
+
+PROTOCOL_ICMP6 = 58
+_PROTOCOL_IGMP = 2
+
+# RFC 4861 4 and RFC 2710/3810: router and neighbor discovery, redirect; multicast listener messages.
+_NDP = range(133, 138)
+_LISTENER = (130, 131, 132, 143)
+
+DHCP_SERVER = 67
+DHCPV6_SERVER = 547
+
+Packet = Ipv4 | Ipv6
+
+
+class Ingress:
+    """Takes frames apart that are not on the fast path."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self._addresses = stack.addresses
+        self._counters = stack.counters
+
+    def on_frame(self, link: Link, buffer: memoryview, start: int, end: int, now: float) -> None:
+        """One Ethernet frame. Untrusted."""
+        if end - start < 14:
+            self._counters.drop("ethernet_short")
+            return
+        stack = self._stack
+        macs = bytes(buffer[start : start + 14])
+        dst = macs[:6]
+        src = macs[6:12]
+        if src[0] & 1 or src == stack.mac or src == b"\0\0\0\0\0\0":
+            self._counters.drop("ethernet_bad_source")
+            return
+        stack.switch.learn(src, link, now)
+        if dst == stack.mac:
+            link.macs_high = int.from_bytes(macs[:8], "big")
+            link.macs_low = int.from_bytes(macs[8:12], "big")
+            if len(link.known_macs) < 4096:
+                link.known_macs.add((link.macs_high, link.macs_low))
+        else:
+            stack.switch.forward(link, dst, buffer, start, end, now)
+            if not dst[0] & 1:
+                return  # for another guest
+        ethertype = macs[12] << 8 | macs[13]
+        if ethertype == ETHERTYPE_IPV4:
+            self._on_ipv4(link, src, buffer, start + 14, end, now)
+        elif ethertype == ETHERTYPE_IPV6:
+            self._on_ipv6(link, src, buffer, start + 14, end, now)
+        elif ethertype == ETHERTYPE_ARP:
+            stack.neighbors.on_arp(link, src, buffer, start + 14, end, now)
+        else:
+            self._counters.drop("ethertype_unknown")
+
+    # ---- IP --------------------------------------------------------------------------------------------------------
+
+    def _on_ipv4(self, link: Link, mac: bytes, buffer: memoryview, start: int, end: int, now: float) -> None:
+        packet = parse_ipv4(buffer, start, end)
+        if packet is None:
+            self._counters.drop("ipv4_malformed")
+            return
+        neighbor = None
+        if packet.src != UNSPECIFIED4:
+            neighbor = self._admit(link, mac, packet, now)
+            if neighbor is None:
+                return
+        elif packet.protocol != PROTOCOL_UDP:
+            self._counters.drop("source_not_its_own")
+            return
+        if packet.more_fragments or packet.fragment_offset:
+            self._on_fragment(link, mac, packet, buffer, now)
+            return
+        self._on_packet(link, mac, packet, neighbor, buffer, now)
+
+    def _on_ipv6(self, link: Link, mac: bytes, buffer: memoryview, start: int, end: int, now: float) -> None:
+        packet = parse_ipv6(buffer, start, end)
+        if packet is None:
+            self._counters.drop("ipv6_malformed")
+            return
+        neighbor = None
+        if packet.src != UNSPECIFIED6:
+            neighbor = self._admit(link, mac, packet, now)
+            if neighbor is None:
+                return
+        elif packet.protocol != PROTOCOL_ICMP6:
+            self._counters.drop("source_not_its_own")
+            return
+        if packet.more_fragments or packet.fragment_offset:
+            self._on_fragment(link, mac, packet, buffer, now)
+            return
+        self._on_packet(link, mac, packet, neighbor, buffer, now)
+
+    def _admit(self, link: Link, mac: bytes, packet: Packet, now: float) -> Neighbor | None:
+        neighbor = self._stack.neighbors.admit(link, mac, packet.src, now)
+        if neighbor is None:
+            self._counters.drop("source_not_its_own")
+            return None
+        size = packet.payload_end - packet.header_start
+        if size > neighbor.mtu:
+            neighbor.mtu = min(size, link.mtu)  # what it sends, it takes
+        return neighbor
+
+    def _on_fragment(self, link: Link, mac: bytes, packet: Packet, buffer: memoryview, now: float) -> None:
+        whole = self._stack.reassembly.add(link, mac, packet, buffer, now)
+        if whole is None:
+            return
+        view = memoryview(whole)
+        again: Packet | None
+        if len(packet.src) == 4:
+            again = parse_ipv4(view, 0, len(view))
+        else:
+            again = parse_ipv6(view, 0, len(view))
+        if again is None or again.more_fragments or again.fragment_offset:
+            self._counters.drop("reassembly_malformed")
+            return
+        self._on_packet(link, mac, again, self._stack.neighbors.find(again.src), view, now, whole=False)
+
+    def _on_packet(
+        self,
+        link: Link,
+        mac: bytes,
+        packet: Packet,
+        neighbor: Neighbor | None,
+        buffer: memoryview,
+        now: float,
+        *,
+        whole: bool = True,
+    ) -> None:
+        """One whole packet from a guest that may send from its address. `whole`: it came as one packet."""
+        protocol = packet.protocol
+        if protocol == PROTOCOL_TCP:
+            if neighbor is not None:
+                self._on_tcp(link, mac, packet, neighbor, buffer, now)
+        elif protocol == PROTOCOL_UDP:
+            self._on_udp(link, mac, packet, buffer, now, whole=whole)
+        elif protocol == PROTOCOL_ICMP and len(packet.src) == 4:
+            if self._addresses.is_group(packet.dst):
+                self._counters.drop("not_forwarded")  # RFC 1122 3.2.2.6: an echo to a group may be ignored
+            else:
+                self._stack.icmp.on_icmp4(link, mac, packet, buffer, now, whole=whole)
+        elif protocol == PROTOCOL_ICMP6 and len(packet.src) == 16:
+            self._on_icmp6(link, mac, packet, buffer, now, whole=whole)
+        elif protocol in (_PROTOCOL_IGMP, NO_NEXT_HEADER):
+            self._counters.drop("not_forwarded")
+        else:
+            self._counters.drop("protocol_unknown")
+            parameter = packet.protocol_at - packet.header_start if isinstance(packet, Ipv6) else 0
+            original = buffer[packet.header_start : packet.payload_end]
+            self._stack.send_error(link, mac, None, original, icmp.PROTOCOL_UNREACHABLE, parameter)
+
+    def _on_icmp6(
+        self, link: Link, mac: bytes, packet: Packet, buffer: memoryview, now: float, *, whole: bool
+    ) -> None:
+        if packet.payload_end - packet.payload_start < 4:
+            self._counters.drop("icmp_malformed")
+            return
+        kind = buffer[packet.payload_start]
+        if kind in _NDP:
+            self._stack.on_ndp(link, mac, packet, buffer, now)
+        elif kind in _LISTENER:
+            self._counters.drop("not_forwarded")
+        elif packet.src == UNSPECIFIED6:
+            self._counters.drop("source_not_its_own")
+        elif packet.dst[0] == 0xFF and buffer[packet.payload_start] != icmp.ECHO_REQUEST6:
+            self._counters.drop("not_forwarded")
+        else:
+            self._stack.icmp.on_icmp6(link, mac, packet, buffer, now, whole=whole)
+
+    # ---- UDP -------------------------------------------------------------------------------------------------------
+
+    def _on_udp(
+        self, link: Link, mac: bytes, packet: Packet, buffer: memoryview, now: float, *, whole: bool
+    ) -> None:
+        datagram = parse_udp(buffer, packet.payload_start, packet.payload_end)
+        if datagram is None:
+            self._counters.drop("udp_bad_length")
+            return
+        stack = self._stack
+        dst = packet.dst
+        start = datagram.payload_start
+        end = datagram.payload_end
+        group = self._addresses.is_group(dst)
+        if group or dst in self._addresses.own:
+            service = stack.find_udp_service(dst, datagram.dst_port, group=group)
+            if service is not None:
+                payload = bytes(buffer[start:end])
+                service(Datagram(payload, link, mac, packet.src, datagram.src_port, dst, datagram.dst_port), now)
+                return
+            if group:
+                self._counters.drop("not_forwarded")
+                return
+            if dst in (self._addresses.dns, self._addresses.dns6) or stack.is_protected(datagram.dst_port):
+                original = buffer[packet.header_start : packet.payload_end]
+                self._counters.drop("udp_no_service")
+                stack.send_error(link, mac, dst, original, icmp.PORT_UNREACHABLE)
+                return
+        if packet.src in (UNSPECIFIED4, UNSPECIFIED6) or self._is_unusable(packet):
+            self._counters.drop("source_not_its_own")
+            return
+        stack.udp.on_datagram(
+            link,
+            mac,
+            packet.src,
+            datagram.src_port,
+            dst,
+            datagram.dst_port,
+            buffer,
+            start,
+            end,
+            packet.ttl,
+            packet.dont_fragment if len(dst) == 4 else whole,
+            now,
+        )
+
+    # ---- TCP -------------------------------------------------------------------------------------------------------
+
+    def _on_tcp(
+        self, link: Link, mac: bytes, packet: Packet, neighbor: Neighbor, buffer: memoryview, now: float
+    ) -> None:
+        segment = parse_tcp(buffer, packet.payload_start, packet.payload_end)
+        if segment is None:
+            self._counters.drop("tcp_malformed")
+            return
+        if self._addresses.is_group(packet.dst):
+            self._counters.drop("not_forwarded")
+            return
+        stack = self._stack
+        key = flow_key(packet.src, segment.src_port, packet.dst, segment.dst_port)
+        flow = stack.flows.tcp.get(key)
+        flags = segment.flags
+        if flags & (SYN | ACK | RST) == SYN and flow is not None:
+            # RFC 9293 3.10.7.4: in TIME-WAIT a SYN beyond what we have seen opens anew. CONNECTING: the guest gave up on
+            # its first attempt and begins another one.
+            if (flow.state == TIME_WAIT and seq_gt(segment.seq, flow.rcv_nxt)) or flow.is_superseded_by(segment.seq):
+                flow.abort(now, "superseded", tell_guest=False)
+                flow = None
+        if flow is None:
+            if flags & (SYN | ACK | RST) == SYN:
+                self._open_tcp(link, mac, packet, segment, neighbor, buffer, now)
+            else:
+                self._counters.drop("tcp_no_flow")
+                self._reset(link, mac, packet, segment)
+            return
+        if flow.link is not link and not stack.move_flow(flow, link, mac):
+            self._counters.drop("source_not_its_own")
+            return
+        options = None
+        if flags & SYN:
+            options = parse_options(buffer, segment.options_start, segment.payload_start)
+            self._note_mss(neighbor, options.mss, link)
+        flow.on_segment(
+            segment.seq,
+            segment.ack,
+            flags,
+            segment.window,
+            buffer,
+            segment.payload_start,
+            packet.payload_end,
+            now,
+            options,
+        )
+
+    def _open_tcp(
+        self,
+        link: Link,
+        mac: bytes,
+        packet: Packet,
+        segment: Tcp,
+        neighbor: Neighbor,
+        buffer: memoryview,
+        now: float,
+    ) -> None:
+        """A SYN without a flow (RFC 9293 3.10.7.2)."""
+        stack = self._stack
+        dst = packet.dst
+        if packet.ttl <= 1 and dst not in self._addresses.own:
+            self._counters.drop("ttl_exceeded")
+            original = buffer[packet.header_start : packet.payload_end]
+            stack.send_error(link, mac, None, original, icmp.TTL_EXCEEDED)
+            return
+        if not segment.src_port or not segment.dst_port or self._is_unusable(packet):
+            self._counters.drop("tcp_malformed")
+            return
+        reason = stack.flows.refusal(packet.src)
+        if reason is not None:
+            self._counters.drop(reason)  # silence: the guest tries again, when flows have ended perhaps
+            return
+        options = parse_options(buffer, segment.options_start, segment.payload_start)
+        self._note_mss(neighbor, options.mss, link)
+        key = flow_key(packet.src, segment.src_port, dst, segment.dst_port)
+        flow = TcpFlow(stack, link, mac, key, packet.src, segment.src_port, dst, segment.dst_port, now)
+        stack.connect_flow(flow, segment, options, buffer[packet.header_start : packet.payload_end], now)
+
+    def _note_mss(self, neighbor: Neighbor, mss: int | None, link: Link) -> None:
+        """A guest's MSS option says what its interface takes."""
+        if mss:
+            size = mss + (40 if len(neighbor.address) == 4 else 60)
+            if size > neighbor.mtu:
+                neighbor.mtu = min(size, link.mtu)
+
+    def _reset(self, link: Link, mac: bytes, packet: Packet, segment: Tcp) -> None:
+        """RFC 9293 3.10.7.1: a segment for no connection, unless it is a reset itself."""
+        flags = segment.flags
+        if flags & RST:
+            return
+        if flags & ACK:
+            seq, ack, answer = segment.ack, 0, RST
+        else:
+            length = packet.payload_end - segment.payload_start + (flags >> 1 & 1) + (flags & 1)
+            seq, ack, answer = 0, (segment.seq + length) & 0xFFFFFFFF, RST | ACK
+        self._counters.tcp_resets_sent += 1
+        body = write_tcp(packet.dst, packet.src, segment.dst_port, segment.src_port, seq, ack, answer, 0)
+        self._stack.send_transport(link, mac, packet.dst, packet.src, PROTOCOL_TCP, body)
+
+    def _is_unusable(self, packet: Packet) -> bool:
+        """A link-local source cannot speak to the world (RFC 4291 2.5.6), only to the gateway itself."""
+        return len(packet.src) == 16 and is_link_local6(packet.src) and packet.dst not in self._addresses.own

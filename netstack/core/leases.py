@@ -1,0 +1,492 @@
+"""Leases: which guest holds which address. One table serves DHCP, DHCPv6 and the guests' names.
+
+Theory of operation
+-------------------
+A guest is its MAC address. RFC 2131 4.2 makes the client identifier the key instead, and for virtual machines that
+fails twice: machines cloned from one disk share an identifier (it is derived from /etc/machine-id) and would be given
+one address; and the firmware that boots a machine over the network, its initial ramdisk and its system each send
+another identifier and would be given three, of which no forward leads to the last. So a record is looked for
+
+1. by client identifier and MAC,
+2. by MAC alone, unless that guest has refused an address (DECLINE): then several clients do share its MAC,
+3. by client identifier alone, if the machine that had it is gone: the same machine with a new MAC.
+
+Each record is one host number of the network, and that number is the guest's in both families: host 15 is 192.168.5.15
+and fd00:c0a8:5::15, the same digits. IPv4 and IPv6 run out separately; a number is free when both have.
+
+A guest that comes back gets its old address because records outlive their leases. A new guest gets, in this order: the
+address that it asks for, if that is free; the lowest number never given out; the number whose lease ended longest ago;
+the oldest offer that nobody took up. Live leases are never taken away, so a guest that invents MACs only delays
+strangers: it cycles through its own offers, and of confirmed leases one link can hold three quarters at most.
+
+An address that a guest declines stays out of use for ten minutes; at most a quarter of the pool does at any time.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+# One day, as libslirp has it. A guest renews after half of it, so the traffic is nothing; and a guest that is gone for
+# good gives its address back. Longer is not needed for a machine that is paused over a weekend: its record outlives
+# the lease, others get it only when no fresh number is left, and the renewal of an expired lease is granted.
+LEASE_TIME: Final = 86400
+
+# How long an offer is kept for the guest: udhcpc and dhclient answer within seconds, and retry within a minute.
+OFFER_TIME: Final = 60.0
+
+# How long a declined address is left alone; dnsmasq's figure too.
+QUARANTINE_TIME: Final = 600.0
+
+# Bounds the table and the search for the least recently used, whatever the size of the network.
+MAX_LEASES: Final = 1024
+
+# The first number that is given out when the network is large enough; slirp's and Lima's.
+FIRST_HOST: Final = 15
+
+# RFC 1035 2.3.4.
+MAX_NAME: Final = 63
+
+# What no guest may be called: these names, or the peers' forms of them, are the gateway's own.
+RESERVED_NAMES: Final = frozenset({"dns", "gateway", "guest", "host", "http", "localhost", "netstack", "proxy"})
+
+# A client identifier and a DUID are at most 255 and 130 bytes (RFC 2132 9.14, RFC 8415 11.1); records keep no more.
+MAX_CLIENT_ID: Final = 255
+
+# Distance of the IPv6 addresses that a guest tries when it finds ::15 taken. Beyond 0x65534, the largest number that
+# mirrors an IPv4 host number of a /16, so that no two records meet.
+ALTERNATE_STEP: Final = 0x100000
+
+NEVER: Final = float("-inf")
+
+
+@dataclass(slots=True, frozen=True)
+class StaticLease:
+    """What the settings say about one guest. An address that is None is chosen as for any other guest."""
+
+    mac: bytes
+    address: bytes | None = None
+    address6: bytes | None = None
+    name: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """One record: the addresses of one guest. Times are monotonic seconds; expired records are kept."""
+
+    host: int
+    address: bytes
+    address6: bytes | None
+    mac: bytes
+    client_id: bytes = b""
+    duid: bytes = b""
+    name: str = ""
+    link: str = ""
+    expires_at: float = NEVER
+    """End of the IPv4 lease, or of the offer."""
+    expires6_at: float = NEVER
+    confirmed: bool = False
+    """Whether the guest ever took up the offer, in either family."""
+    quarantined_until: float = NEVER
+    static: bool = False
+
+    def free_at(self) -> float:
+        """When the record may go to another guest."""
+        return max(self.expires_at, self.expires6_at, self.quarantined_until)
+
+    def is_live(self, now: float) -> bool:
+        """Whether the guest holds this address now, in either family."""
+        return self.confirmed and self.quarantined_until <= now < max(self.expires_at, self.expires6_at)
+
+
+def clean_name(raw: str | bytes) -> str:
+    """Make the first label of a name fit for DNS (RFC 1123 2.1): a-z, 0-9, inner hyphens. Untrusted; may be ''."""
+    text = raw.decode("latin-1") if isinstance(raw, bytes) else raw
+    label = text.partition(".")[0].partition("\0")[0][:MAX_NAME].lower()
+    cleaned = "".join(c if c.isascii() and c.isalnum() else "-" for c in label).strip("-")
+    return "" if cleaned in RESERVED_NAMES else cleaned
+
+
+def mirror_host(host: int) -> int:
+    """Give the IPv6 host number with the same digits: 15 -> 0x15, so that .15 goes with ::15."""
+    return int(str(host), 16)
+
+
+@dataclass(slots=True)
+class LeaseTable:
+    """The pool of one network and who holds what. The one owner of leases.
+
+    network and prefix6 are the network addresses (prefix6 is a /64, or None when there is no IPv6); reserved are the
+    addresses never given out (the gateway's). `version` grows with every change that a restart should remember.
+    is_present(mac) says whether that guest is on a link now. on_event(what, lease) is called with "offered", "bound",
+    "renewed", "released", "declined"; it must not raise.
+    """
+
+    network: bytes
+    prefix_length: int
+    reserved: Iterable[bytes] = ()
+    prefix6: bytes | None = None
+    statics: Iterable[StaticLease] = ()
+    lease_time: float = LEASE_TIME
+    is_present: Callable[[bytes], bool] = lambda mac: True
+    on_event: Callable[[str, Lease], None] | None = None
+    version: int = 0
+    first: int = field(init=False)
+    last: int = field(init=False)
+    _by_host: dict[int, Lease] = field(init=False, default_factory=dict)
+    _by_address6: dict[bytes, Lease] = field(init=False, default_factory=dict)
+    _by_mac: dict[bytes, list[Lease]] = field(init=False, default_factory=dict)
+    _by_client_id: dict[bytes, list[Lease]] = field(init=False, default_factory=dict)
+    _static_by_mac: dict[bytes, StaticLease] = field(init=False, default_factory=dict)
+    _kept_free: set[int] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        size = 1 << (32 - self.prefix_length)
+        # 0 is the network, the last one is broadcast. In a network too small for number 15 the pool begins at 1: the
+        # reserved addresses are skipped anyway.
+        self.first = FIRST_HOST if size > FIRST_HOST + 1 else 1
+        self.last = min(size - 2, self.first + MAX_LEASES - 1)
+        hosts = (self._host_of(address) for address in self.reserved)
+        self._kept_free = {host for host in hosts if host is not None}
+        self.set_statics(self.statics)
+
+    def set_statics(self, statics: Iterable[StaticLease]) -> None:
+        """Replace the static leases. Records that they contradict go away when their guests ask the next time."""
+        self._static_by_mac = {static.mac: static for static in statics}
+
+    # What others ask about guests.
+
+    def __iter__(self) -> Iterator[Lease]:
+        return iter(sorted(self._by_host.values(), key=lambda lease: lease.host))
+
+    def __len__(self) -> int:
+        return len(self._by_host)
+
+    def live(self, now: float) -> list[Lease]:
+        """Give the leases that guests hold now, by host number."""
+        return [lease for lease in self if lease.is_live(now)]
+
+    def find_address(self, address: bytes) -> Lease | None:
+        """Give the record of an address of either family, live or not."""
+        if len(address) == 4:
+            host = self._host_of(address)
+            return None if host is None else self._by_host.get(host)
+        return self._by_address6.get(address)
+
+    def owner_of(self, address: bytes, now: float) -> bytes | None:
+        """Give the MAC of the guest that holds this address of either family now, or has it in the settings."""
+        lease = self.find_address(address)
+        if lease is not None and lease.is_live(now):
+            return lease.mac
+        return next((static.mac for static in self._static_by_mac.values() if address == static.address), None)
+
+    def find_mac(self, mac: bytes) -> Lease | None:
+        """Give the record of a guest, live or not; the one used last if it has several."""
+        return max(self._by_mac.get(mac, ()), key=Lease.free_at, default=None)
+
+    def find_name(self, name: str, now: float) -> Lease | None:
+        """Give the live lease of the guest with this name (one label, any case)."""
+        wanted = name.lower()
+        if not wanted:
+            return None
+        return next((lease for lease in self._by_host.values() if lease.name == wanted and lease.is_live(now)), None)
+
+    # What the servers do. Each gives the lease, or None when the guest cannot have it.
+
+    def offer(
+        self, mac: bytes, now: float, *, client_id: bytes = b"", requested: bytes | None = None, link: str = ""
+    ) -> Lease | None:
+        """Choose an address and hold it for the guest, for a minute unless it takes it up (DISCOVER, SOLICIT)."""
+        lease = self._find(mac, client_id, now)
+        if lease is None or not self._still_fits(lease):
+            lease = self._allocate(mac, now, requested, link)
+            if lease is None:
+                return None
+        self._claim(lease, mac, client_id, link)
+        lease.expires_at = max(lease.expires_at, now + OFFER_TIME)
+        self._tell("offered", lease)
+        return lease
+
+    def bind(
+        self, mac: bytes, address: bytes, now: float, *, client_id: bytes = b"", name: str = "", link: str = ""
+    ) -> Lease | None:
+        """Give the guest this very IPv4 address (REQUEST in all its forms), or None when it cannot have it.
+
+        A guest without a record gets any free address that it asks for: nobody else serves this network, so an unknown
+        guest is one whose lease was forgotten, and need not start over.
+        """
+        lease = self._find(mac, client_id, now)
+        if lease is None or not self._still_fits(lease):
+            host = self._host_of(address)
+            wanted = self._static_by_mac.get(mac)
+            if host is None or (wanted is not None and wanted.address not in (None, address)):
+                return None
+            if not self._is_free(host, now, mac) or self._is_greedy(link, now):
+                return None
+            lease = self._create(host, mac, now)
+        elif lease.address != address or lease.quarantined_until > now:
+            return None
+        self._claim(lease, mac, client_id, link)
+        self._confirm(lease, name, now)
+        lease.expires_at = now + self.lease_time
+        return lease
+
+    def bind6(
+        self, mac: bytes, now: float, *, duid: bytes = b"", name: str = "", link: str = "", commit: bool = True
+    ) -> Lease | None:
+        """Give the guest its IPv6 address (REQUEST, RENEW, SOLICIT); with commit false only hold it for a minute."""
+        if self.prefix6 is None:
+            return None
+        lease = self._find(mac, b"", now)
+        if lease is None or not self._still_fits(lease):
+            lease = self._allocate(mac, now, None, link)
+            if lease is None:
+                return None
+        self._claim(lease, mac, b"", link)
+        lease.duid = duid[:MAX_CLIENT_ID] or lease.duid
+        if commit:
+            self._confirm(lease, name, now)
+            lease.expires6_at = now + self.lease_time
+        else:
+            lease.expires6_at = max(lease.expires6_at, now + OFFER_TIME)
+            self._tell("offered", lease)
+        return lease
+
+    def release(self, mac: bytes, address: bytes, now: float) -> Lease | None:
+        """End a lease at the guest's word (RELEASE). The record stays, so that the guest gets the address again."""
+        lease = self.find_address(address)
+        if lease is None or lease.mac != mac:
+            return None
+        if len(address) == 4:
+            lease.expires_at = min(lease.expires_at, now)
+        else:
+            lease.expires6_at = min(lease.expires6_at, now)
+        self.version += 1
+        self._tell("released", lease)
+        return lease
+
+    def decline(self, mac: bytes, address: bytes, now: float) -> Lease | None:
+        """Take an address out of use because the guest found another machine there (DECLINE)."""
+        lease = self.find_address(address)
+        if lease is None or lease.mac != mac:
+            return None
+        if len(address) == 16:
+            return self._decline6(lease, now)
+        if lease.static:
+            # The settings say who has this address; all there is to do is to tell.
+            self._tell("declined", lease)
+            return lease
+        held = sorted((other for other in self._by_host.values() if other.quarantined_until > now), key=Lease.free_at)
+        if len(held) >= max(1, (self.last - self.first + 1) // 4):
+            self._forget(held[0])
+        lease.expires_at = lease.expires6_at = min(lease.free_at(), now)
+        lease.quarantined_until = now + QUARANTINE_TIME
+        lease.confirmed = False
+        self.version += 1
+        self._tell("declined", lease)
+        return lease
+
+    def _decline6(self, lease: Lease, now: float) -> Lease:
+        """Give the record another IPv6 address. There are enough of them, so the guest keeps its IPv4 address."""
+        static = self._static_by_mac.get(lease.mac)
+        if lease.address6 is not None and (static is None or static.address6 is None):
+            self._drop_index(lease)
+            lease.address6 = (int.from_bytes(lease.address6, "big") + ALTERNATE_STEP).to_bytes(16, "big")
+            self._add_index(lease)
+            lease.expires6_at = min(lease.expires6_at, now)
+        self._tell("declined", lease)
+        return lease
+
+    def restore(self, old: Lease, now: float) -> bool:
+        """Take a confirmed record back after a restart: its guest, name and times. False when it fits no longer."""
+        host = self._host_of(old.address)
+        if host is None or host in self._by_host or not self._is_free(host, now, old.mac):
+            return False
+        lease = self._create(host, old.mac, now)
+        self._claim(lease, old.mac, old.client_id, "")
+        lease.duid = old.duid[:MAX_CLIENT_ID]
+        # A clock that was set back in between must not prolong a lease beyond its full time.
+        lease.expires_at = min(old.expires_at, now + self.lease_time)
+        lease.expires6_at = min(old.expires6_at, now + self.lease_time)
+        lease.confirmed = True
+        name = clean_name(old.name)
+        lease.name = self._unused_name(name, lease, now) if name else ""
+        return True
+
+    def withdraw_offer(self, mac: bytes, client_id: bytes, now: float) -> None:
+        """Forget what was offered: the guest took another server's offer (RFC 2131 4.3.2, SELECTING)."""
+        lease = self._find(mac, client_id, now)
+        if lease is not None and not lease.confirmed:
+            self._forget(lease)
+
+    # How it is found out.
+
+    def _find(self, mac: bytes, client_id: bytes, now: float) -> Lease | None:
+        """Give the record of this guest, by the three rules of the head of this file."""
+        client_id = client_id[:MAX_CLIENT_ID]
+        own = [lease for lease in self._by_mac.get(mac, ()) if lease.quarantined_until <= now]
+        same = [lease for lease in own if lease.client_id == client_id]
+        if same:
+            return max(same, key=Lease.free_at)
+        if own and len(own) == len(self._by_mac[mac]):
+            return max(own, key=Lease.free_at)
+        if client_id and mac not in self._static_by_mac:
+            for lease in self._by_client_id.get(client_id, ()):
+                # A machine that is on a link keeps its record: the other one is its clone.
+                gone = lease.free_at() <= now or not self.is_present(lease.mac)
+                if lease.mac != mac and gone and not lease.static and lease.quarantined_until <= now:
+                    return lease
+        return None
+
+    def _still_fits(self, lease: Lease) -> bool:
+        """Whether the settings still allow this record; forgets it otherwise."""
+        wanted = self._static_by_mac.get(lease.mac)
+        owner = next((s for s in self._static_by_mac.values() if s.address == lease.address), None)
+        fits = owner is None or owner.mac == lease.mac
+        fits &= wanted is None or wanted.address in (None, lease.address)
+        fits &= wanted is None or wanted.address6 in (None, lease.address6)
+        fits &= lease.host not in self._kept_free or lease.static
+        if not fits:
+            self._forget(lease)
+        return fits
+
+    def _allocate(self, mac: bytes, now: float, requested: bytes | None, link: str) -> Lease | None:
+        """Find a host number for a guest without a record, in the order that the head of this file gives."""
+        static = self._static_by_mac.get(mac)
+        if static is not None and static.address is not None:
+            host = self._host_of(static.address)
+            if host is None:
+                return None
+            if host in self._by_host:
+                # Somebody got it before the settings said otherwise. That guest's renewal will be refused.
+                self._forget(self._by_host[host])
+            return self._create(host, mac, now)
+        if self._is_greedy(link, now):
+            return None
+        host = self._host_of(requested) if requested is not None else None
+        if host is not None and self._is_free(host, now, mac):
+            return self._create(host, mac, now)
+        for lease in list(self._by_host.values()):
+            # An offer that nobody took up is not worth remembering.
+            if not lease.confirmed and lease.free_at() <= now:
+                self._forget(lease)
+        owned = self._owned_by_statics()
+        for host in range(self.first, self.last + 1):
+            if host not in self._by_host and host not in self._kept_free and host not in owned:
+                return self._create(host, mac, now)
+        dynamic = [lease for lease in self._by_host.values() if not lease.static]
+        expired = [lease for lease in dynamic if lease.free_at() <= now]
+        offered = [lease for lease in dynamic if not lease.confirmed and lease.quarantined_until <= now]
+        oldest = min(expired or offered, key=Lease.free_at, default=None)
+        if oldest is None:
+            return None
+        self._forget(oldest)
+        return self._create(oldest.host, mac, now)
+
+    def _is_free(self, host: int, now: float, mac: bytes) -> bool:
+        """Whether this number may go to this guest, at its own wish."""
+        static = self._static_by_mac.get(mac)
+        if static is not None and static.address is not None:
+            return self._host_of(static.address) == host
+        if not self.first <= host <= self.last or host in self._kept_free or host in self._owned_by_statics():
+            return False
+        lease = self._by_host.get(host)
+        return lease is None or (lease.free_at() <= now and not lease.static)
+
+    def _is_greedy(self, link: str, now: float) -> bool:
+        """Whether a link already holds so many leases that its next one would come out of the others' share."""
+        size = self.last - self.first + 1
+        if not link or len(self._by_host) * 4 < size * 3:
+            return False
+        return sum(lease.link == link and lease.is_live(now) for lease in self._by_host.values()) * 4 >= size * 3
+
+    def _owned_by_statics(self) -> set[int | None]:
+        return {self._host_of(static.address) for static in self._static_by_mac.values() if static.address is not None}
+
+    def _host_of(self, address: bytes) -> int | None:
+        """Give the host number of an IPv4 address, None when it is not one of this network's hosts."""
+        host = int.from_bytes(address, "big") - int.from_bytes(self.network, "big")
+        return host if len(address) == 4 and 0 < host < (1 << (32 - self.prefix_length)) - 1 else None
+
+    def _create(self, host: int, mac: bytes, now: float) -> Lease:
+        """Make the record of a host number, in place of an expired one."""
+        if host in self._by_host:
+            self._forget(self._by_host[host])
+        static = self._static_by_mac.get(mac)
+        address = (int.from_bytes(self.network, "big") + host).to_bytes(4, "big")
+        lease = Lease(host, address, self._choose6(host, static), mac)
+        lease.static = static is not None and static.address is not None
+        self._by_host[host] = lease
+        self._add_index(lease)
+        return lease
+
+    def _choose6(self, host: int, static: StaticLease | None) -> bytes | None:
+        """Give the IPv6 address that goes with a host number, or the one in the settings."""
+        if static is not None and static.address6 is not None:
+            if static.address6 in self._by_address6:
+                self._forget(self._by_address6[static.address6])
+            return static.address6
+        if self.prefix6 is None:
+            return None
+        number = int.from_bytes(self.prefix6, "big") + mirror_host(host)
+        taken = {other.address6 for other in self._static_by_mac.values()} | self._by_address6.keys()
+        while number.to_bytes(16, "big") in taken:
+            number += ALTERNATE_STEP
+        return number.to_bytes(16, "big")
+
+    def _claim(self, lease: Lease, mac: bytes, client_id: bytes, link: str) -> None:
+        """Write down who the record belongs to now, and keep the indexes right."""
+        client_id = client_id[:MAX_CLIENT_ID] or lease.client_id
+        if (lease.mac, lease.client_id) != (mac, client_id):
+            self._drop_index(lease)
+            lease.mac, lease.client_id = mac, client_id
+            self._add_index(lease)
+        lease.link = link or lease.link
+
+    def _confirm(self, lease: Lease, name: str, now: float) -> None:
+        renewed = lease.is_live(now)
+        lease.confirmed = True
+        static = self._static_by_mac.get(lease.mac)
+        wanted = static.name if static is not None and static.name else clean_name(name)
+        if wanted:
+            lease.name = self._unused_name(wanted, lease, now)
+        self.version += 1
+        self._tell("renewed" if renewed else "bound", lease)
+
+    def _unused_name(self, wanted: str, lease: Lease, now: float) -> str:
+        """Give the name, or NAME-2 and so on while another live guest, or one in the settings, has it."""
+        taken = {other.name for other in self._by_host.values() if other is not lease and other.is_live(now)}
+        taken |= {static.name for static in self._static_by_mac.values() if static.mac != lease.mac}
+        name, count = wanted, 1
+        while name in taken:
+            count += 1
+            suffix = f"-{count}"
+            name = wanted[: MAX_NAME - len(suffix)] + suffix
+        return name
+
+    def _forget(self, lease: Lease) -> None:
+        del self._by_host[lease.host]
+        self._drop_index(lease)
+        self.version += lease.confirmed
+
+    def _add_index(self, lease: Lease) -> None:
+        if lease.address6 is not None:
+            self._by_address6[lease.address6] = lease
+        self._by_mac.setdefault(lease.mac, []).append(lease)
+        if lease.client_id:
+            self._by_client_id.setdefault(lease.client_id, []).append(lease)
+
+    def _drop_index(self, lease: Lease) -> None:
+        if lease.address6 is not None:
+            del self._by_address6[lease.address6]
+        for index, key in ((self._by_mac, lease.mac), (self._by_client_id, lease.client_id)):
+            if not key:
+                continue
+            rest = [other for other in index[key] if other is not lease]
+            if rest:
+                index[key] = rest
+            else:
+                del index[key]
+
+    def _tell(self, what: str, lease: Lease) -> None:
+        if self.on_event is not None:
+            self.on_event(what, lease)

@@ -1,0 +1,480 @@
+"""The stack: frames of guests in, calls on host sockets out, and back.
+
+Theory of operation
+-------------------
+The rim calls, and the stack never waits:
+
+    receive_frames(link, buffer, spans, now)   a link read a batch of frames into its buffer
+    handler.on_ready(events, now)              the poller found a host socket ready; flows are handlers themselves
+    handle_timers(now)                         the deadline of next_deadline() has come
+    end_wakeup(now)                            the rim is about to sleep: late ACKs go out, links are flushed
+
+A batch is what one read of a link gave. Its frames are only looked at one after the other; each flow that they touch
+is in `touched` once, and does its work when the batch ends (TcpFlow.finish_batch): one write to the host, one decision
+about an ACK. Views into the link's buffer live no longer than that.
+
+The fast path (`_receive`) takes IPv4 without options and IPv6 without extension headers, TCP, for a flow that exists,
+from a guest that the switch knows on this link. It is one `unpack_from` over Ethernet, IP and TCP, one dict look-up, one
+call. The two MACs are unpacked as integers of 8 and 4 bytes and compared with those of the last frame that took the
+slow road (`core.ingress`) and was for us: no bytes objects, no look at the switch. Anything else takes the slow road,
+which is correct for every frame; the fast path may only be left out, never be needed.
+
+Everything a guest can make the stack keep is bounded: flows by `Limits`, what is in flight and what waits for the host
+by one budget each, neighbors, MACs, fragments by their owners.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from netstack.core.addresses import Addresses
+from netstack.core.counters import Counters
+from netstack.core.flows import FlowKey, FlowTable, Limits, flow_key
+from netstack.core.icmp import IcmpLayer
+from netstack.core.ingress import Ingress, Packet
+from netstack.core.neighbors import Neighbor, Neighbors
+from netstack.core.ports import Buffer, Events, Host, HostSocket, Link, Poller, TcpServiceCall, UdpService
+from netstack.core.reassembly import Reassembly, fragment
+from netstack.core.refusals import TCP_PROBLEMS
+from netstack.core.switch import Switch
+from netstack.core.tcp import CLOSED, TcpFlow
+from netstack.core.tcp_output import CHUNK
+from netstack.core.timers import Timers
+from netstack.core.udp import UdpFlows
+from netstack.wire.ethernet import ETHERTYPE_IPV4, ETHERTYPE_IPV6, MIN_FRAME
+from netstack.wire.icmp import NO_ROUTE, Problem, write_error
+from netstack.wire.ipv4 import PROTOCOL_TCP, PROTOCOL_UDP, write_ipv4
+from netstack.wire.ipv6 import write_ipv6
+from netstack.wire.tcp import RST, SYN, Tcp, TcpOptions, write_tcp
+from netstack.wire.udp import write_udp
+
+# MACs 8+4 | ethertype 2 | version+IHL 1 | TOS | total length 2 | identification | flags+offset 2 | TTL | protocol 1 |
+# checksum | both addresses 8 | both ports 4 | SEG.SEQ 4 | SEG.ACK 4 | data offset 1 | flags 1 | SEG.WND 2
+_FRAME4 = struct.Struct("!QIHBxHxxHxBxxQIIIBBH")
+# MACs 8+4 | ethertype 2 | version, class, label | payload length 2 | next header 1 | hop limit | both addresses 32 | TCP
+_FRAME6 = struct.Struct("!QIHxxxxHBx32sIIIBBH")
+_SMALLEST4 = 54
+_SMALLEST6 = 74
+
+_EVIL = SYN | RST  # flags that never take the fast path: options to read, or the end
+
+
+class TcpService(Protocol):
+    """A TCP service of the gateway: the flow's host side is one end of a socketpair."""
+
+    def open(self, call: TcpServiceCall) -> HostSocket | None:
+        """A connected socket whose other end the service reads; None when it takes no more connections."""
+
+
+class NeighborDiscovery(Protocol):
+    """Router and neighbor discovery, wired in by the gateway."""
+
+    def on_packet(self, link: Link, mac: bytes, packet: Packet, body: bytes, now: float) -> None: ...
+    def solicit(self, address: bytes, link: Link | None) -> None: ...
+
+
+class Stack:
+    """One network: its links, flows, neighbors and services."""
+
+    def __init__(
+        self,
+        addresses: Addresses,
+        host: Host,
+        poller: Poller,
+        *,
+        limits: Limits | None = None,
+        events: Events | None = None,
+        secret: bytes = b"",
+        on_earlier: Callable[[float], None] | None = None,
+    ) -> None:
+        """`secret` keys the initial sequence numbers (RFC 6528); `on_earlier` is told of earlier deadlines."""
+        self.addresses = addresses
+        self.mac = addresses.mac
+        self.host = host
+        self.poller = poller
+        self.limits = limits or Limits()
+        self.events = events
+        self.counters = Counters()
+        self.timers = Timers(on_earlier)
+        self.switch = Switch(self.mac, self.counters)
+        self.flows = FlowTable(self.limits)
+        self.neighbors = Neighbors(self, addresses, self.limits.neighbors)
+        self.reassembly = Reassembly(self)
+        self.udp = UdpFlows(self)
+        self.icmp = IcmpLayer(self)
+        self.discovery: NeighborDiscovery | None = None
+        self.touched: list[TcpFlow] = []
+        self.ack_later: list[TcpFlow] = []
+        self.scratch = np.empty(CHUNK, dtype=np.uint8)  # what flows read into from the host
+        self.bytes_in_flight = 0
+        self.bytes_for_host = 0
+        self._ingress = Ingress(self)
+        self._secret = secret
+        self._udp_services: dict[int, list[tuple[frozenset[bytes] | None, UdpService]]] = {}
+        self._tcp_services: dict[tuple[bytes, int], TcpService] = {}
+        self._protected: set[int] = set()
+        self._errors_left = float(self.limits.icmp_errors_per_second)
+        self._errors_at = 0.0
+        self._ident = 0
+        self.now = 0.0  # of the last call from the rim; for what has no `now` at hand
+
+    # ---- from guests -----------------------------------------------------------------------------------------------
+
+    def receive_frames(self, link: Link, buffer: memoryview, spans: Sequence[int], now: float) -> None:
+        """Take a batch of frames: buffer[spans[0]:spans[1]], buffer[spans[2]:spans[3]], ... Untrusted.
+
+        The buffer may be reused when this returns.
+        """
+        self.now = now
+        counters = self.counters
+        counters.batches += 1
+        counters.frames_from_guest += len(spans) >> 1
+        capture = link.capture
+        if capture is None:
+            self._receive(link, buffer, spans, now)
+        else:
+            for i in range(0, len(spans), 2):
+                counters.noted = None
+                self._receive(link, buffer, spans[i : i + 2], now)
+                frame = buffer[spans[i] : spans[i + 1]]
+                comment = f"drop: {counters.noted}" if counters.noted else None
+                capture.frame(link.interface, (frame,), to_guest=False, comment=comment)
+        self._end_batch(now)
+
+    def _receive(self, link: Link, buffer: memoryview, spans: Sequence[int], now: float) -> None:
+        unpack4 = _FRAME4.unpack_from
+        find = self.flows.tcp.get
+        macs_high = link.macs_high
+        macs_low = link.macs_low
+        slow = 0
+        each = iter(spans)
+        for start, end in zip(each, each, strict=True):
+            size = end - start
+            if size >= _SMALLEST4:
+                high, low, ethertype, version, total, offset, protocol, addresses, ports, seq, ack, data, flags, window = (
+                    unpack4(buffer, start)
+                )
+                if (high == macs_high and low == macs_low) or (high, low) in link.known_macs:
+                    if ethertype == 0x0800:
+                        if protocol == PROTOCOL_TCP and version == 0x45 and not offset & 0x3FFF:
+                            flow = find((addresses, ports))
+                            if flow is not None and flow.link is link and not flags & _EVIL:
+                                first = start + 34 + (data >> 4 << 2)
+                                last = start + 14 + total
+                                if first <= last <= end and data >= 0x50:
+                                    flow.on_segment(seq, ack, flags, window, buffer, first, last, now)
+                                    continue
+                    elif ethertype == 0x86DD and size >= _SMALLEST6 and self._receive6(link, buffer, start, end, now):
+                        continue
+            slow += 1
+            self._ingress.on_frame(link, buffer, start, end, now)
+            macs_high = link.macs_high
+            macs_low = link.macs_low
+        self.counters.frames_slow += slow
+
+    def _receive6(self, link: Link, buffer: memoryview, start: int, end: int, now: float) -> bool:
+        """The fast path of IPv6; False: take the slow road."""
+        _, _, _, length, protocol, addresses, ports, seq, ack, data, flags, window = _FRAME6.unpack_from(buffer, start)
+        if protocol != PROTOCOL_TCP or flags & _EVIL:
+            return False
+        flow = self.flows.tcp.get((addresses, ports))
+        if flow is None or flow.link is not link:
+            return False
+        first = start + 54 + (data >> 4 << 2)
+        last = start + 54 + length
+        if data < 0x50 or not first <= last <= end:
+            return False
+        flow.on_segment(seq, ack, flags, window, buffer, first, last, now)
+        return True
+
+    def _end_batch(self, now: float) -> None:
+        touched = self.touched
+        if touched:
+            self.touched = []
+            for flow in touched:
+                flow.finish_batch(now)
+
+    # ---- time ------------------------------------------------------------------------------------------------------
+
+    def next_deadline(self) -> float:
+        """When handle_timers() is next needed."""
+        return self.timers.next_deadline()
+
+    def handle_timers(self, now: float) -> None:
+        """Run what is due."""
+        self.now = now
+        self.timers.run(now)
+
+    def end_wakeup(self, now: float) -> None:
+        """Send the ACKs that waited for something to ride on, and hand all frames to the kernel."""
+        later = self.ack_later
+        if later:
+            self.ack_later = []
+            for flow in later:
+                if flow.ack_due and flow.state != CLOSED:
+                    flow.send_ack()
+        self.flush()
+
+    def flush(self) -> None:
+        """Hand all queued frames to the kernel: one call a link."""
+        for link in self.switch.links:
+            link.flush()
+
+    # ---- links -----------------------------------------------------------------------------------------------------
+
+    def add_link(self, link: Link) -> None:
+        """A guest, or a segment of guests, is attached: tell it who the gateway is."""
+        self.switch.add(link)
+        self.neighbors.announce(link)
+
+    def remove_link(self, link: Link, now: float) -> None:
+        """It is gone. Its flows end soon unless their guest comes back, on whatever link."""
+        self.switch.remove(link)
+        self.neighbors.forget_link(link)
+        self.udp.close_link(link, now)
+        self.icmp.close_link(link, now)
+        self.reassembly.forget_link(link)
+        for flow in self.flows:
+            if flow.link is link:
+                flow.on_link_lost(now)
+
+    def move_flow(self, flow: TcpFlow, link: Link, mac: bytes) -> bool:
+        """A flow's segment came over another link. True when its guest is there now."""
+        neighbor = self.neighbors.find(flow.guest)
+        if mac != flow.mac or neighbor is None or neighbor.link is not link:
+            return False
+        flow.move_to(link)
+        return True
+
+    # ---- toward guests ---------------------------------------------------------------------------------------------
+
+    def send_frame(self, link: Link, dst_mac: bytes, ethertype: int, packet: Buffer, tail: Buffer | None = None) -> None:
+        """One Ethernet frame from the gateway; `tail` must not change any more."""
+        prefix = link.prefix
+        head = bytearray(prefix)
+        head += dst_mac
+        head += self.mac
+        head += ethertype.to_bytes(2, "big")
+        head += packet
+        size = len(head) - prefix + (len(tail) if tail is not None else 0)
+        if size < MIN_FRAME:
+            if tail is not None:
+                head += tail
+                tail = None
+            head += bytes(MIN_FRAME - size)
+            size = MIN_FRAME
+        link.write_prefix(head, size)
+        link.queue_frame(head, tail)
+
+    def send_ip(self, link: Link, mac: bytes, packet: Buffer, payload: Buffer | None = None) -> None:
+        """One IP packet to this guest; `payload`, where given, is its tail."""
+        self.send_frame(link, mac, ETHERTYPE_IPV4 if packet[0] >> 4 == 4 else ETHERTYPE_IPV6, packet, payload)
+
+    def send_transport(
+        self, link: Link, mac: bytes, src: bytes, dst: bytes, protocol: int, body: bytes, *, ttl: int = 64
+    ) -> None:
+        """A transport header and payload in as many IP packets as the guest's MTU asks for."""
+        if len(dst) == 4:
+            head = write_ipv4(src, dst, protocol, len(body), ttl=ttl)
+        else:
+            head = write_ipv6(src, dst, protocol, len(body), ttl=ttl)
+        mtu = min(self.neighbors.mtu_of(dst), link.mtu)
+        if len(head) + len(body) <= mtu:
+            self.send_ip(link, mac, head + body)
+            return
+        self._ident = self._ident + 1 & 0xFFFFFFFF
+        for packet in fragment(head + body, mtu, self._ident):
+            self.send_ip(link, mac, packet)
+
+    def send_udp(
+        self,
+        link: Link,
+        mac: bytes,
+        src: bytes,
+        src_port: int,
+        dst: bytes,
+        dst_port: int,
+        payload: Buffer,
+        *,
+        ttl: int = 64,
+    ) -> None:
+        """One UDP datagram to a guest, fragmented to its MTU where needed."""
+        body = write_udp(src, dst, src_port, dst_port, payload)
+        self.send_transport(link, mac, src, dst, PROTOCOL_UDP, body, ttl=ttl)
+
+    def send_error(
+        self, link: Link, mac: bytes, src: bytes | None, packet: Buffer, problem: Problem, parameter: int = 0
+    ) -> None:
+        """An ICMP error about this packet of the guest's, from `src`; None: from the gateway's address of its family.
+
+        Nothing is sent where RFC 1122 3.2.2 or RFC 4443 2.4 forbid an error, or when there were too many (2.4 f).
+        """
+        rate = self.limits.icmp_errors_per_second
+        self._errors_left = min(float(rate), self._errors_left + (self.now - self._errors_at) * rate)
+        self._errors_at = self.now
+        if self._errors_left < 1.0:
+            self.counters.drop("icmp_errors_limited")
+            return
+        if src is None:
+            src = self.addresses.router_for(bytes(packet[12:16] if packet[0] >> 4 == 4 else packet[8:24]))
+        error = write_error(src, packet, problem, parameter)
+        if error is not None:
+            self._errors_left -= 1.0
+            self.counters.icmp_errors_sent += 1
+            self.send_ip(link, mac, error)
+
+    # ---- addresses -------------------------------------------------------------------------------------------------
+
+    def to_host(self, dst: bytes) -> bytes | None:
+        """Where the host must send for this destination of a guest's; None when that is not allowed."""
+        return self.addresses.to_host(dst)
+
+    def from_host(self, address: bytes) -> bytes:
+        """The address by which guests know this address of the host's side."""
+        return self.addresses.from_host(address)
+
+    def guest_mtu(self, address: bytes) -> int:
+        """The largest IP packet that this guest is known to take."""
+        return self.neighbors.mtu_of(address)
+
+    def is_gateway(self, address: bytes) -> bool:
+        """Whether this is one of the gateway's own addresses, its DNS and link-local addresses included."""
+        return address in self.addresses.own
+
+    # ---- services --------------------------------------------------------------------------------------------------
+
+    def register_udp(self, port: int, service: UdpService, *, addresses: Iterable[bytes] | None = None) -> None:
+        """Have datagrams to this port answered: at these addresses, or at any of the gateway's and any group."""
+        where = frozenset(addresses) if addresses is not None else None
+        self._udp_services.setdefault(port, []).append((where, service))
+
+    def register_tcp(self, port: int, service: TcpService, *, addresses: Iterable[bytes]) -> None:
+        """Have connections to this port of these addresses of the gateway served."""
+        for address in addresses:
+            self._tcp_services[address, port] = service
+
+    def find_udp_service(self, dst: bytes, port: int, *, group: bool) -> UdpService | None:
+        """Who answers datagrams to this address, which is the gateway's or a group's."""
+        for where, service in self._udp_services.get(port, ()):
+            if where is None or dst in where:
+                return service
+        return None
+
+    def protect_port(self, port: int) -> None:
+        """No guest reaches this port of the host's loopback: the API listens there."""
+        self._protected.add(port)
+
+    def is_protected(self, port: int) -> bool:
+        return port in self._protected
+
+    def on_ndp(self, link: Link, mac: bytes, packet: Packet, buffer: memoryview, now: float) -> None:
+        """Router or neighbor discovery from a guest. Untrusted."""
+        if self.discovery is None:
+            self.counters.drop("not_forwarded")
+        else:
+            self.discovery.on_packet(link, mac, packet, bytes(buffer[packet.payload_start : packet.payload_end]), now)
+
+    def solicit(self, address: bytes, link: Link | None) -> None:
+        """Ask for the guest with this IPv6 address."""
+        if self.discovery is not None:
+            self.discovery.solicit(address, link)
+
+    # ---- TCP -------------------------------------------------------------------------------------------------------
+
+    def initial_sequence(self, key: FlowKey, now: float) -> int:
+        """ISS by RFC 6528: a clock of 4 us, and a keyed hash of the connection."""
+        text = repr(key).encode()
+        value = int.from_bytes(hashlib.blake2s(text, key=self._secret[:32], digest_size=4).digest(), "big")
+        return (int(now * 250_000) + value) & 0xFFFFFFFF
+
+    def connect_flow(self, flow: TcpFlow, segment: Tcp, options: TcpOptions, original: Buffer, now: float) -> None:
+        """A guest's SYN: begin to connect for it. `original` is its packet, for an error about it."""
+        dst = flow.peer
+        port = flow.peer_port
+        service = self._tcp_services.get((dst, port))
+        sock: HostSocket | None = None
+        error = 0
+        if service is not None:
+            sock = service.open(TcpServiceCall(flow.guest, flow.guest_port, dst, port))
+        elif dst not in (self.addresses.dns, self.addresses.dns6) and not (
+            dst in self.addresses.own and port in self._protected
+        ):
+            target = self.addresses.to_host(dst)
+            if target is None:
+                self.counters.drop("tcp_no_route")
+                self.send_error(flow.link, flow.mac, None, original, NO_ROUTE)
+                return
+            try:
+                sock = self.host.open_tcp(target, port)
+            except OSError as failure:
+                error = failure.errno or 0
+        flow.take_syn(segment.seq, segment.window, options.mss, options.window_scale)
+        if sock is None:
+            self.refuse_tcp(flow, error, now)
+            return
+        self.flows.add(flow)
+        flow.open_from_guest(sock)
+
+    def refuse_tcp(self, flow: TcpFlow, error: int, now: float) -> None:
+        """connect() failed: the guest hears what the host heard. RST for a refusal, else the ICMP error that fits."""
+        self.counters.tcp_refused += 1
+        problem = TCP_PROBLEMS.get(error)
+        src, dst = flow.guest, flow.peer
+        if problem is None:
+            self.counters.tcp_resets_sent += 1
+            flow.send_refusal()
+        else:
+            syn = write_tcp(src, dst, flow.guest_port, flow.peer_port, flow.irs, 0, SYN, 0)
+            head = (write_ipv4 if len(src) == 4 else write_ipv6)(src, dst, PROTOCOL_TCP, len(syn))
+            self.send_error(flow.link, flow.mac, None, head + syn, problem)
+        flow.abort(now, "refused", tell_guest=False)
+
+    def open_to_guest(
+        self,
+        sock: HostSocket,
+        guest: bytes,
+        guest_port: int,
+        peer: bytes,
+        peer_port: int,
+        on_opened: Callable[[TcpFlow | None, int], None],
+        now: float,
+    ) -> None:
+        """Open a connection toward a guest for `sock`, as if from peer:peer_port.
+
+        on_opened(flow, 0) when the guest accepted. On failure on_opened(None or the flow, errno), and the socket has been
+        reset. Nothing is read from the socket before.
+        """
+
+        def resolved(neighbor: Neighbor | None, now: float) -> None:
+            key = flow_key(guest, guest_port, peer, peer_port)
+            if neighbor is None or key in self.flows.tcp or self.flows.refusal(guest) is not None:
+                self.host.reset(sock)
+                on_opened(None, errno.EHOSTUNREACH if neighbor is None else errno.EADDRINUSE)
+                return
+            flow = TcpFlow(self, neighbor.link, neighbor.mac, key, guest, guest_port, peer, peer_port, now)
+            self.flows.add(flow)
+            flow.open_to_guest(sock, on_opened, now)
+
+        self.neighbors.resolve(guest, resolved, now)
+
+    def on_flow_opened(self, flow: TcpFlow) -> None:
+        """ESTABLISHED."""
+        self.counters.tcp_opened += 1
+        events = self.events
+        if events is not None and events.debug:
+            events.flow_opened("tcp", *flow.endpoints())
+
+    def on_flow_closed(self, flow: TcpFlow, why: str) -> None:
+        """CLOSED: it leaves the table."""
+        self.flows.remove(flow)
+        self.counters.tcp_closed += 1
+        events = self.events
+        if events is not None and events.debug:
+            events.flow_closed("tcp", *flow.endpoints(), why, flow.bytes_from_guest, flow.bytes_to_guest)
+

@@ -1,0 +1,93 @@
+"""The learning switch between links, and toward the gateway (IEEE 802.1D section 7.8, without spanning tree).
+
+A MAC belongs to the link it was last seen on. Frames for the gateway's MAC go up; unicast for a known MAC goes to its
+link; the rest is flooded to all other links. The table is bounded: when it is full, the MAC not heard for longest goes.
+"""
+
+from __future__ import annotations
+
+from netstack.core.counters import Counters
+from netstack.core.ports import Link
+from netstack.wire.ethernet import MIN_FRAME
+
+# vde_switch's and Linux bridges' tables are of this order; a guest that floods MACs only pushes out unknown ones.
+_TABLE = 4096
+
+# IEEE 802.1D table 7-5: ageing time 300 s.
+_AGEING = 300.0
+
+
+class Switch:
+    """MAC -> link, and the links."""
+
+    def __init__(self, gateway_mac: bytes, counters: Counters) -> None:
+        self.links: list[Link] = []
+        self._gateway_mac = gateway_mac
+        self._counters = counters
+        self._table: dict[bytes, tuple[Link, float]] = {}  # in the order last heard, roughly
+
+    def add(self, link: Link) -> None:
+        self.links.append(link)
+
+    def remove(self, link: Link) -> None:
+        """The link is gone, and the MACs behind it."""
+        if link in self.links:
+            self.links.remove(link)
+        for mac in [mac for mac, (where, _) in self._table.items() if where is link]:
+            del self._table[mac]
+
+    def learn(self, mac: bytes, link: Link, now: float) -> None:
+        """`mac` sent a frame on `link`."""
+        entry = self._table.get(mac)
+        if entry is not None:
+            was, heard_at = entry
+            if was is link and now - heard_at < 1.0:
+                return
+            if was is not link:
+                was.forget_macs()
+            del self._table[mac]
+        elif len(self._table) >= _TABLE:
+            oldest = next(iter(self._table))
+            self._table[oldest][0].forget_macs()
+            del self._table[oldest]
+        self._table[mac] = (link, now)
+
+    def find(self, mac: bytes, now: float) -> Link | None:
+        """The link behind which this MAC is."""
+        entry = self._table.get(mac)
+        if entry is None or now - entry[1] > _AGEING:
+            return None
+        return entry[0]
+
+    def where(self, mac: bytes) -> Link | None:
+        """Like find(), without ageing: hot paths do not refresh the table."""
+        entry = self._table.get(mac)
+        return entry[0] if entry else None
+
+    def macs(self) -> dict[bytes, Link]:
+        """All that is known."""
+        return {mac: link for mac, (link, _) in self._table.items()}
+
+    def forward(self, link: Link, dst: bytes, buffer: memoryview, start: int, end: int, now: float) -> None:
+        """Send a frame on to the link of `dst`, or to all others when that is unknown or a group. Untrusted."""
+        if len(self.links) < 2:
+            return
+        out = None if dst[0] & 1 else self.find(dst, now)
+        if out is link:
+            return  # its destination heard it already
+        frame = bytes(buffer[start:end])
+        self._counters.frames_switched += 1
+        for other in (out,) if out is not None else tuple(self.links):
+            if other is not link:
+                self.send(other, frame)
+
+    def send(self, link: Link, frame: bytes) -> None:
+        """Queue one whole frame on a link: prefix, frame, padding."""
+        if len(frame) - 14 > link.mtu:
+            self._counters.drop("frame_too_big_for_link")
+            return
+        size = max(len(frame), MIN_FRAME)
+        head = bytearray(link.prefix + size)
+        head[link.prefix : link.prefix + len(frame)] = frame
+        link.write_prefix(head, size)
+        link.queue_frame(head)

@@ -1,0 +1,231 @@
+"""UDP of the guests to the world outside: endpoint-independent mapping (RFC 4787).
+
+Theory of operation
+-------------------
+Each guest endpoint (address, port) has one `UdpFlow` with one host socket, bound to the same port where that is free
+(RFC 4787 REQ-1, REQ-3); `core.datagrams` says how flows live. The hot path toward the host is one look-up in a dict and
+one `sendto`; toward the guest it is one `recvfrom_into`, one packed header and one checksum.
+
+Who may answer: any port of any address that the guest has sent to through this flow (address-dependent filtering,
+RFC 4787 REQ-8). The host's port is open to the host's whole network, and a guest that has sent one datagram has not
+asked to be reached by everybody; hole punching works all the same. What a flow remembers of whom it asked is bounded,
+the oldest go first.
+
+The gateway is a router to its guests: it takes one off the TTL, and answers when none is left, so it is the first hop
+of a traceroute. It is the end of the path for what is sent to itself, that is, to the host's loopback. A datagram with
+DF set, or over IPv6 one that the guest itself did not fragment, must not be fragmented by the host either.
+
+Counted as dropped, besides what `core.datagrams` lists: udp_unsolicited (from an address never asked),
+udp_refused_by_guest (the guest answered our datagram with an ICMP error).
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import ClassVar
+
+from netstack.core.datagrams import RESOLUTION, DatagramFlow, DatagramFlows, Stack
+from netstack.core.ports import Buffer, DatagramSocket, Link
+from netstack.wire.checksum import pseudo_sum, sum_words
+from netstack.wire.icmp import NO_ROUTE, TTL_EXCEEDED
+from netstack.wire.ipv4 import PROTOCOL_UDP, write_ipv4
+from netstack.wire.ipv6 import write_ipv6
+from netstack.wire.udp import write_udp
+
+# RFC 4787 REQ-5: a mapping must not expire in less than two minutes.
+IDLE = 120.0
+# A query and its answer: libslirp's figure for port 53 (so_expire of udp.c), twice the resolver's usual timeout.
+IDLE_DNS = 10.0
+DNS_PORT = 53
+
+# How many addresses are remembered as asked: of one flow (a BitTorrent node's contacts within a minute), and of all.
+_ASKED_PER_FLOW = 1024
+_ASKED = 65536
+
+# Address pairs whose sums are kept: some 300 bytes each.
+_PAIRS = 4096
+
+_TTL = 64
+
+# IPv4: version+IHL+TOS 2 | total length 2 | identification 2, DF 2, TTL 1, protocol 1 | checksum 2 | addresses 8
+# UDP: source port 2 | destination port 2 | length 2 | checksum 2
+_HEADERS4 = Struct("!2sH6sH8sHHHH")
+_FIRST4 = b"\x45\x00"
+# An atomic datagram: DF and identification 0 (RFC 6864 4.1).
+_MIDDLE4 = bytes((0, 0, 0x40, 0, _TTL, PROTOCOL_UDP))
+_FIXED_SUM4 = 0x4500 + 0x4000 + (_TTL << 8 | PROTOCOL_UDP)
+# IPv6: version, class, label 4 | payload length 2 | next header, hop limit 2 | addresses 32 | UDP as above
+_HEADERS6 = Struct("!4sH2s32sHHHH")
+_FIRST6 = b"\x60\x00\x00\x00"
+_MIDDLE6 = bytes((PROTOCOL_UDP, _TTL))
+
+# Up to this size a packet is one piece of memory: copying it is cheaper than sending two pieces.
+_JOINED = 2048
+
+
+def write_packet(src: bytes, src_port: int, dst: bytes, dst_port: int, payload: Buffer, ttl: int) -> bytes:
+    """A whole IP packet with one UDP datagram, whatever its size."""
+    datagram = write_udp(src, dst, src_port, dst_port, payload)
+    if len(dst) == 4:
+        return write_ipv4(src, dst, PROTOCOL_UDP, len(datagram), ttl=ttl) + datagram
+    return write_ipv6(src, dst, PROTOCOL_UDP, len(datagram), ttl=ttl) + datagram
+
+
+class UdpFlow(DatagramFlow):
+    """One UDP endpoint of a guest."""
+
+    __slots__ = ("asked",)
+
+    protocol: ClassVar[str] = "udp"
+    table: UdpFlows
+
+    def __init__(self, table: UdpFlows, link: Link, mac: bytes, guest: bytes, port: int) -> None:
+        super().__init__(table, link, mac, guest, port, IDLE_DNS)
+        # Who may answer: its address on the host's side -> the one that the guest asked, which differs for the gateway.
+        self.asked: dict[bytes, bytes] = {}
+
+    def deliver(self, length: int, address: bytes, port: int, mtu: int, now: float) -> None:
+        table = self.table
+        src = self.asked.get(address)
+        if src is None:
+            self.stack.counters.drop("udp_unsolicited")
+            return
+        guest = self.guest
+        pair = table.pairs.get((src, guest))
+        if pair is None:
+            pair = table.remember_pair(src, guest)
+        addresses, fixed_sum, pseudo = pair
+        payload = table.scratch[:length]
+        guest_port = self.port
+        size = length + 8
+        # The length counts twice: in the pseudo-header and in the header.
+        check = 65535 - (pseudo + size + size + port + guest_port + sum_words(payload)) % 65535
+        self.bytes_to_guest += length
+        if len(guest) == 4:
+            total = size + 20
+            field = 65535 - (fixed_sum + total) % 65535
+            head = _HEADERS4.pack(_FIRST4, total, _MIDDLE4, field, addresses, port, guest_port, size, check)
+        else:
+            total = size + 40
+            head = _HEADERS6.pack(_FIRST6, size, _MIDDLE6, addresses, port, guest_port, size, check)
+        if total > mtu:
+            self.stack.send_udp(self.link, self.mac, src, port, guest, guest_port, payload)
+        elif total <= _JOINED:
+            self.stack.send_ip(self.link, self.mac, head + payload)
+        else:
+            # A copy, because the link may keep it until the kernel takes it, and scratch is used again at once.
+            self.stack.send_ip(self.link, self.mac, head, bytes(payload))
+
+    def as_asked(self, address: bytes) -> bytes:
+        return self.asked.get(address) or super().as_asked(address)
+
+    def rebuild(self, dst: bytes, port: int, payload: Buffer, ttl: int) -> bytes:
+        return write_packet(self.guest, self.port, dst, port, payload, ttl)
+
+
+class UdpFlows(DatagramFlows[UdpFlow]):
+    """All UDP flows, and what they share."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__(stack, "udp")
+        self._asked = 0  # the sum of len(flow.asked)
+        # (peer, guest) -> both as they stand in the header toward the guest, the sum of the fixed part of its IPv4
+        # header, the sum of the pseudo-header without the length
+        self.pairs: dict[tuple[bytes, bytes], tuple[bytes, int, int]] = {}
+
+    def limit(self) -> int:
+        return self.stack.limits.udp_flows
+
+    def share(self) -> int:
+        return self.stack.limits.udp_flows_per_guest
+
+    def open_socket(self, flow: UdpFlow) -> DatagramSocket:
+        return self.stack.host.open_udp(flow.guest, flow.port)
+
+    def on_datagram(
+        self,
+        link: Link,
+        mac: bytes,
+        src: bytes,
+        src_port: int,
+        dst: bytes,
+        dst_port: int,
+        buffer: memoryview,
+        start: int,
+        end: int,
+        ttl: int,
+        dont_fragment: bool,
+        now: float,
+    ) -> None:
+        """A guest's datagram to the world, payload at buffer[start:end]. Untrusted.
+
+        The hot path. `dst` is a unicast address outside the guests' network, or the gateway's. `dont_fragment` of IPv6
+        is whether it came as one packet.
+        """
+        payload = buffer[start:end]
+        target = self.stack.to_host(dst)
+        if target is None:
+            self.stack.counters.drop("udp_denied")
+            packet = write_packet(src, src_port, dst, dst_port, payload, ttl)
+            self.stack.send_error(link, mac, None, packet, NO_ROUTE)
+            return
+        if ttl > 1:
+            ttl -= 1
+        elif target == dst:
+            self.stack.counters.drop("udp_ttl_exceeded")
+            packet = write_packet(src, src_port, dst, dst_port, payload, ttl)
+            self.stack.send_error(link, mac, None, packet, TTL_EXCEEDED)
+            return
+        else:
+            ttl = 1  # it has arrived: the host's loopback is the gateway itself
+        flow = self.flows.get((src, src_port))
+        if flow is None:
+            flow = UdpFlow(self, link, mac, src, src_port)
+            if not self.add(flow, dst, dst_port, payload, now):
+                return
+        elif flow.link is not link:
+            self.move(flow, link)
+        flow.mac = mac
+        if now - flow.used_at >= RESOLUTION:
+            self.touch(flow, now)
+        if dst_port != DNS_PORT:
+            flow.timeout = IDLE
+        if flow.asked.get(target) != dst:
+            self._remember_asked(flow, target, dst)
+        try:
+            flow.sock.send_to(payload, target, dst_port, ttl, dont_fragment)
+        except OSError as error:
+            flow.on_send_error(error, payload, dst, target, dst_port, ttl, dont_fragment)
+            return
+        flow.bytes_from_guest += end - start
+
+    def on_error_from_guest(self, guest: bytes, port: int) -> None:
+        """A guest sent an ICMP error about a datagram that went to this endpoint of it. Untrusted.
+
+        Nothing follows from it: the peer cannot be told, and that the guest's socket is closed does not tell whether
+        it will be opened again, so the flow stays until it is idle.
+        """
+        known = (guest, port) in self.flows
+        self.stack.counters.drop("udp_refused_by_guest" if known else "icmp_error_from_guest")
+
+    def close(self, flow: UdpFlow, now: float, why: str) -> None:
+        if not flow.closed:
+            self._asked -= len(flow.asked)
+        super().close(flow, now, why)
+
+    def remember_pair(self, src: bytes, guest: bytes) -> tuple[bytes, int, int]:
+        """Compute and keep the constant parts of the headers of what comes from this address to this guest."""
+        if len(self.pairs) >= _PAIRS:
+            self.pairs.clear()
+        fixed_sum = _FIXED_SUM4 + sum_words(src) + sum_words(guest)
+        pair = self.pairs[src, guest] = (src + guest, fixed_sum, pseudo_sum(src, guest, PROTOCOL_UDP, 0))
+        return pair
+
+    def _remember_asked(self, flow: UdpFlow, target: bytes, dst: bytes) -> None:
+        asked = flow.asked
+        if target not in asked:
+            if asked and (len(asked) >= _ASKED_PER_FLOW or self._asked >= _ASKED):
+                del asked[next(iter(asked))]
+            else:
+                self._asked += 1
+        asked[target] = dst

@@ -1,0 +1,291 @@
+"""One running network: its stack, links and services, and what the API and the library ask of it."""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+import socket
+import time
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from netstack.config import Config, LinkSpec, parse_link_uri
+from netstack.control.log import Events, Log
+from netstack.core.flows import Limits
+from netstack.core.leases import Lease, LeaseTable
+from netstack.core.ports import Handler
+from netstack.core.stack import Stack
+from netstack.core.tcp import TcpFlow
+from netstack.gateway.services import AddressServices, build_services
+from netstack.gateway.settings import choose_addresses, open_capture, static_leases
+from netstack.gateway.status import statistics_of
+from netstack.core import lease_records
+from netstack.host import state
+from netstack.host.poller import HostPoller
+from netstack.host.sockets import HostSockets
+from netstack.vde.attachment import Attachment, StreamConnector, StreamDescriptor, StreamListener
+from netstack.vde.datagram import DatagramLink
+from netstack.vde.link import BaseLink
+from netstack.vde.stream import StreamLink
+from netstack.vde.vde_switch import VdeSwitch
+from netstack.wire.ethernet import format_mac
+
+# How long after a change the leases are written: a boot makes several.
+_SAVE_DELAY = 0.5
+
+
+
+class Network:
+    """What `open_network` gives. Its methods are called from the trio task that opened it."""
+
+    def __init__(self, config: Config, events: Events, log: Log, nursery: trio.Nursery) -> None:
+        self.config = config
+        self.log = log
+        self._events = events
+        self._nursery = nursery
+        self.started_at = time.monotonic()
+        self.started = datetime.now(UTC)
+        self._attachments: list[Attachment] = []
+        self._timer_due = trio.Event()
+        self._leases_saved = 0
+        self._closed = False
+        self._poller = HostPoller()
+        self.capture = open_capture(config, log)
+        self.addresses = choose_addresses(config, log)
+        self.stack = Stack(
+            self.addresses,
+            HostSockets(),
+            self._poller,
+            limits=Limits(
+                tcp_flows=config.limits.flows,
+                tcp_flows_per_guest=config.limits.flows_per_guest,
+                udp_flows_per_guest=config.limits.udp_flows_per_guest,
+                neighbors=config.limits.neighbors,
+                reassembly_bytes=config.limits.reassembly,
+            ),
+            events=events,
+            secret=secrets.token_bytes(32),
+            on_earlier=self._on_earlier,
+        )
+        self.leases = self._make_leases()
+        self.services: AddressServices = build_services(
+            self.stack, self.leases, mtu=config.network.mtu, search=config.dns.search
+        )
+        self.stack.neighbors.owner_of = self._owner_of
+
+    # ---- life ------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin to serve, and attach the links of the settings."""
+        self._nursery.start_soon(self._run_poller)
+        self._nursery.start_soon(self._run_timers)
+        if self.config.state.dir is not None:
+            self._nursery.start_soon(self._run_lease_saver, self.config.state.dir / "leases.json")
+        for link in self.config.link:
+            await self.attach(link.uri)
+
+    async def attach(self, uri: str) -> Attachment:
+        """Make what this link URI stands for, ready for guests when this returns. Raises OSError, ConfigError."""
+        attachment = self._make_attachment(parse_link_uri(uri))
+        await attachment.open()
+        self._attachments.append(attachment)
+        self._nursery.start_soon(attachment.run)
+        return attachment
+
+    async def drain(self) -> None:
+        """Wait until nothing is in flight."""
+        while self.stack.bytes_in_flight or self.stack.bytes_for_host:
+            await trio.sleep(0.01)
+
+    def close(self) -> None:
+        """Reset what is open, close all links and files. The tasks are the nursery's to cancel."""
+        if self._closed:
+            return
+        self._closed = True
+        now = time.monotonic()
+        for flow in self.stack.flows:
+            flow.abort(now, "network closed", tell_guest=True)
+        self.stack.flush()
+        self.stack.udp.close_all(now)
+        self.stack.icmp.close_all(now)
+        for attachment in self._attachments:
+            attachment.close()
+        if self.config.state.dir is not None:
+            self._save_leases(self.config.state.dir / "leases.json")
+        if self.capture is not None:
+            self.capture.close()
+        self._poller.close()
+
+    def reload(self, config: Config) -> list[str]:
+        """Apply what can be changed while guests are attached; returns the names of tables that need a restart."""
+        fixed = [
+            name
+            for name in ("network", "link", "pcap", "api", "state")
+            if getattr(config, name) != getattr(self.config, name)
+        ]
+        self.log.set_level(config.log.level)
+        self.leases.set_statics(static_leases(config))
+        self.services.set_search(config.dns.search)
+        limits = self.stack.limits
+        limits.tcp_flows = config.limits.flows
+        limits.tcp_flows_per_guest = config.limits.flows_per_guest
+        limits.udp_flows_per_guest = config.limits.udp_flows_per_guest
+        self.config = self.config.model_copy(
+            update={"log": config.log, "guest": config.guest, "dns": config.dns, "limits": config.limits}
+        )
+        return fixed
+
+    def protect_port(self, port: int) -> None:
+        """Refuse guests this port of the host's loopback."""
+        self.stack.protect_port(port)
+
+    # ---- tasks -----------------------------------------------------------------------------------------------------
+
+    async def _run_poller(self) -> None:
+        await self._poller.run(self.stack.end_wakeup, self._on_crash)
+
+    async def _run_timers(self) -> None:
+        stack = self.stack
+        while True:
+            deadline = stack.next_deadline()
+            self._timer_due = trio.Event()
+            # trio's clock is monotonic with an offset of its own, so it is told how long, not until when.
+            with trio.move_on_after(max(0.0, deadline - time.monotonic())):
+                await self._timer_due.wait()
+            now = time.monotonic()
+            if stack.next_deadline() <= now:
+                try:
+                    stack.handle_timers(now)
+                except Exception as error:
+                    self._report(error, "timer")
+                stack.end_wakeup(now)
+                await trio.lowlevel.checkpoint()
+
+    def _on_earlier(self, deadline: float) -> None:
+        self._timer_due.set()
+
+    async def _run_lease_saver(self, path: Path) -> None:
+        while True:
+            await trio.sleep(_SAVE_DELAY)
+            if self.leases.version != self._leases_saved:
+                self._save_leases(path)
+
+    def _on_crash(self, handler: Handler, error: Exception) -> None:
+        """A bug, seen by one flow or link: that one ends."""
+        self._report(error, type(handler).__name__)
+        now = time.monotonic()
+        if isinstance(handler, TcpFlow):
+            handler.abort(now, "internal error", tell_guest=True)
+        elif isinstance(handler, BaseLink):
+            handler.close("internal error")
+
+    def _report(self, error: Exception, where: str) -> None:
+        self.stack.counters.drop("internal_error")
+        text = "".join(traceback.format_exception(error))
+        self._events.warning(f"crash {where}", "internal error", where=where, traceback=text)
+
+    # ---- links (vde.attachment.LinkFactory) ------------------------------------------------------------------------
+
+    def stream(self, name: str, sock: socket.socket) -> StreamLink:
+        """Make a stream link and join it to the stack."""
+        link = StreamLink(name, sock, self.config.network.mtu, self._poller, self.stack.receive_frames)
+        self._join(link)
+        return link
+
+    def datagram(self, name: str, sock: socket.socket, mtu: int) -> DatagramLink:
+        """Make a datagram link and join it to the stack."""
+        link = DatagramLink(
+            name, sock, min(mtu, self.config.network.mtu), self._poller, self.stack.receive_frames
+        )
+        self._join(link)
+        return link
+
+    def _join(self, link: BaseLink) -> None:
+        now = time.monotonic()
+        if self.capture is not None:
+            link.interface = self.capture.add_link(link.name)
+            link.capture = self.capture
+        self.stack.add_link(link)
+        self.services.on_link(link, now)
+        self.stack.flush()
+
+        def on_closed(why: str) -> None:
+            self.stack.remove_link(link, time.monotonic())
+            self.log.info("link closed", link=link.name, why=why)
+
+        link.on_closed = on_closed
+        self.log.info("link up", link=link.name, mtu=link.mtu)
+
+    def _make_attachment(self, spec: LinkSpec) -> Attachment:
+        where: dict[str, Any] = {"path": spec.path} if spec.path else {"host": spec.host, "port": spec.port}
+        if spec.scheme in ("unix", "tcp"):
+            return StreamListener(spec.uri, self, **where)
+        if spec.scheme in ("connect+unix", "connect+tcp"):
+            return StreamConnector(spec.uri, self, **where)
+        if spec.scheme == "fd":
+            return StreamDescriptor(spec.uri, self, fd=spec.fd)
+        return VdeSwitch(spec.uri, self, directory=spec.path)
+
+    # ---- leases ----------------------------------------------------------------------------------------------------
+
+    def _make_leases(self) -> LeaseTable:
+        addresses = self.addresses
+        leases = LeaseTable(
+            addresses.subnet.network_address.packed,
+            addresses.subnet.prefixlen,
+            reserved=(addresses.gateway, addresses.dns),
+            prefix6=addresses.subnet6.network_address.packed,
+            statics=static_leases(self.config),
+            is_present=lambda mac: self.stack.switch.where(mac) is not None,
+            on_event=self._on_lease,
+        )
+        if self.config.state.dir is not None:
+            self._load_leases(leases, self.config.state.dir / "leases.json")
+        return leases
+
+    def _on_lease(self, what: str, lease: Lease) -> None:
+        if what in ("bound", "declined", "released"):
+            self.log.info(
+                f"lease {what}",
+                guest=lease.name or format_mac(lease.mac),
+                mac=format_mac(lease.mac),
+                address=str(ipaddress.ip_address(lease.address)),
+            )
+
+    def _owner_of(self, address: bytes) -> bytes | None:
+        lease = self.leases.find_address(address)
+        if lease is None or not lease.is_live(time.monotonic()):
+            return None
+        return lease.mac
+
+    def _load_leases(self, leases: LeaseTable, path: Path) -> None:
+        data = state.read_json(path)
+        if data is None:
+            return
+        now = time.monotonic()
+        skipped = lease_records.read_leases(leases, data, now, time.time())
+        self._leases_saved = leases.version
+
+    def _save_leases(self, path: Path) -> None:
+        self._leases_saved = self.leases.version
+        now = time.monotonic()
+        state.write_json(path, lease_records.write_leases(self.leases, now, time.time()))
+
+    # ---- what is running -------------------------------------------------------------------------------------------
+
+    @property
+    def links(self) -> list[BaseLink]:
+        """The links that are up."""
+        return [link for attachment in self._attachments for link in attachment.links]
+
+    def waiting_uris(self) -> list[str]:
+        """The link URIs that have no guest now."""
+        return [attachment.uri for attachment in self._attachments if not attachment.links]
+
+    def statistics(self) -> dict[str, Any]:
+        """What is running, as plain data that JSON takes: what `GET /v1/status` shows."""
+        return statistics_of(self)

@@ -1,0 +1,131 @@
+"""The picture of a running network as plain data: `GET /v1/status`, `netstack status`, `Network.statistics()`."""
+
+from __future__ import annotations
+
+import os
+import time
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
+
+from netstack.core.datagrams import format_endpoint
+from netstack.core.tcp import STATE_NAMES, TIME_WAIT
+from netstack.version import __version__
+from netstack.wire.ethernet import format_mac
+
+if TYPE_CHECKING:
+    from netstack.gateway.network import Network
+
+# More flows than this are counted and not listed.
+_LISTED_FLOWS = 1000
+
+
+def statistics_of(network: Network) -> dict[str, Any]:
+    """Everything that is to be seen, ready for JSON."""
+    stack = network.stack
+    addresses = network.addresses
+    now = time.monotonic()
+    return {
+        "version": __version__,
+        "pid": os.getpid(),
+        "started": network.started.isoformat(),
+        "uptime": round(now - network.started_at, 3),
+        "network": {
+            "subnet": str(addresses.subnet),
+            "gateway": _text(addresses.gateway),
+            "dns": _text(addresses.dns),
+            "subnet6": str(addresses.subnet6),
+            "gateway6": _text(addresses.gateway6),
+            "dns6": _text(addresses.dns6),
+            "mtu": network.config.network.mtu,
+        },
+        "links": [
+            {
+                "name": link.name,
+                "uri": link.name.split("#")[0],
+                "guests": sum(1 for where in stack.switch.macs().values() if where is link),
+                "frames_from_guest": link.frames_from_guest,
+                "bytes_from_guest": link.bytes_from_guest,
+                "frames_to_guest": link.frames_to_guest,
+                "bytes_to_guest": link.bytes_to_guest,
+                "drops_to_guest": link.drops_to_guest,
+                "backlog": link.backlog,
+                "connected": True,
+            }
+            for link in network.links
+        ]
+        + [{"name": uri, "uri": uri, "guests": 0, "connected": False} for uri in network.waiting_uris()],
+        "guests": _guests(network, now),
+        "flows": {
+            "tcp": len(stack.flows),
+            "udp": len(stack.udp),
+            "icmp": len(stack.icmp.pings),
+            "limit": stack.limits.tcp_flows,
+            "list": _flows(network, now),
+        },
+        "counters": stack.counters.as_dict(),
+        "drops": dict(sorted(stack.counters.drops.items())),
+    }
+
+
+def _guests(network: Network, now: float) -> list[dict[str, Any]]:
+    """One entry a MAC: what the neighbor table, the switch and the leases know of it."""
+    stack = network.stack
+    guests: dict[bytes, dict[str, Any]] = {}
+    for neighbor in stack.neighbors.all():
+        entry = guests.get(neighbor.mac)
+        if entry is None:
+            lease = network.leases.find_mac(neighbor.mac)
+            entry = guests[neighbor.mac] = {
+                "name": lease.name if lease is not None else "",
+                "mac": format_mac(neighbor.mac),
+                "addresses": [],
+                "link": neighbor.link.name,
+                "mtu": 0,
+                "seen": now - neighbor.seen_at,
+            }
+        entry["addresses"].append(_text(neighbor.address))
+        entry["mtu"] = max(entry["mtu"], neighbor.mtu)
+        entry["seen"] = round(min(entry["seen"], now - neighbor.seen_at), 3)
+    return list(guests.values())
+
+
+def _flows(network: Network, now: float) -> list[dict[str, Any]]:
+    stack = network.stack
+    listed: list[dict[str, Any]] = []
+    for flow in stack.flows:
+        if len(listed) >= _LISTED_FLOWS:
+            return listed
+        if flow.state == TIME_WAIT:
+            continue
+        guest, peer = flow.endpoints()
+        listed.append(
+            {
+                "protocol": "tcp",
+                "guest": guest,
+                "peer": peer,
+                "state": STATE_NAMES[flow.state],
+                "age": round(now - flow.opened_at, 3),
+                "bytes_from_guest": flow.bytes_from_guest,
+                "bytes_to_guest": flow.bytes_to_guest,
+            }
+        )
+    for name, flows in (("udp", stack.udp), ("icmp", stack.icmp.pings)):
+        for datagrams in flows:
+            if len(listed) >= _LISTED_FLOWS:
+                return listed
+            listed.append(
+                {
+                    "protocol": name,
+                    "guest": format_endpoint(datagrams.guest, datagrams.port),
+                    "peer": format_endpoint(*datagrams.peer),
+                    "state": "",
+                    "age": round(now - datagrams.opened_at, 3),
+                    "bytes_from_guest": datagrams.bytes_from_guest,
+                    "bytes_to_guest": datagrams.bytes_to_guest,
+                }
+            )
+    return listed
+
+
+def _text(address: bytes) -> str:
+    return str(ip_address(address))

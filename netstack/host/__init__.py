@@ -1,0 +1,1 @@
+"""The rim toward the host: its poller, its sockets, its settings."""

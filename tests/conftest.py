@@ -1,0 +1,106 @@
+"""What all tests share: how hard Hypothesis looks, what a test needs of the machine, and a word on what was left out.
+
+A test that needs a program or an ability says so, `@pytest.mark.needs("netns", "qemu-system-x86_64")`, and is left out
+where that is missing. Silence about it would read as success, so the run ends with a list of what did not run and why.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# fast: the same examples in every run, so that a red run is the fault of the change under test.
+# deep: HYPOTHESIS_PROFILE=deep looks for new ones, for hours if need be, and prints how to repeat what it finds.
+settings.register_profile("fast", max_examples=60, deadline=None, derandomize=True, database=None)
+settings.register_profile(
+    "deep", max_examples=20_000, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+def _can_make_namespaces() -> bool:
+    # Root in a container often may not: only trying tells.
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        return False
+    return subprocess.run([unshare, "-n", "true"], check=False, capture_output=True).returncode == 0
+
+
+def _can_open_tap() -> bool:
+    try:
+        os.close(os.open("/dev/net/tun", os.O_RDWR))
+    except OSError:
+        return False
+    return True
+
+
+ABILITIES: dict[str, tuple[Callable[[], bool], str]] = {
+    "root": (lambda: os.geteuid() == 0, "root"),
+    "netns": (_can_make_namespaces, "the right to make network namespaces (unshare -n)"),
+    "tun": (_can_open_tap, "/dev/net/tun"),
+}
+
+# Where the name of the program is not the name of its Debian package.
+DEBIAN_PACKAGES = {
+    "qemu-system-x86_64": "qemu-system-x86",
+    "busybox": "busybox-static",
+    "ip": "iproute2",
+    "unshare": "util-linux",
+    "vde_switch": "vde2",
+    "vde_plug": "vde2",
+    "dnsmasq": "dnsmasq-base",
+    "dhclient": "isc-dhcp-client",
+    "ping": "iputils-ping",
+    "pasta": "passt",
+}
+
+
+@cache
+def lacking(what: str) -> str | None:
+    """Why this machine lacks the ability or program `what`, or None when it has it."""
+    if what in ABILITIES:
+        there, name = ABILITIES[what]
+        return None if there() else f"needs {name}"
+    if shutil.which(what) or shutil.which(what, path="/usr/sbin:/sbin"):
+        return None
+    return f"needs {what} (Debian package {DEBIAN_PACKAGES.get(what, what)})"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leaves a test out whose machine is not here."""
+    for mark in item.iter_markers("needs"):
+        for what in mark.args:
+            if reason := lacking(what):
+                pytest.skip(reason)
+
+
+def _kind(nodeid: str) -> str:
+    """The folder under tests/ that a test comes from."""
+    parts = nodeid.split("::")[0].split("/")
+    return parts[1] if len(parts) > 2 else "tests"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says what was left out, by kind and reason."""
+    left_out: Counter[tuple[str, str]] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        # A file that was skipped as a whole reports once, while collecting.
+        unit = "" if isinstance(report, pytest.TestReport) else " (whole files)"
+        left_out[_kind(report.nodeid) + unit, reason.removeprefix("Skipped: ")] += 1
+    for report in terminalreporter.stats.get("deselected", []):
+        left_out[_kind(report.nodeid), "deselected on the command line"] += 1
+    if not left_out:
+        terminalreporter.write_sep("=", "nothing was left out", green=True)
+        return
+    terminalreporter.write_sep("!", f"LEFT OUT: {left_out.total()} tests did not run here", yellow=True, bold=True)
+    for (kind, reason), count in sorted(left_out.items()):
+        terminalreporter.write_line(f"  {kind}: {count} left out: {reason}", yellow=True)
+    terminalreporter.write_sep("!", "what they check is NOT known to work on this machine", yellow=True, bold=True)

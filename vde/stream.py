@@ -1,0 +1,165 @@
+"""QEMU's stream framing: `-netdev stream` and `-netdev socket` over a connected stream socket.
+
+Each frame is a big-endian u32 length and the Ethernet frame, without handshake, in both directions (QEMU
+net/stream_data.c, net/socket.c). QEMU drops the connection at 69,633 bytes and more; passt takes 14 to 65,535, and we
+take up to a whole IP packet of 65,535 behind an Ethernet header. After a wrong length nothing can be found again in a
+stream, so it ends the link.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+from netstack.core.ports import FAILED, HUNG_UP, READABLE, WRITABLE, Buffer, Poller
+from netstack.vde.link import READ_BUFFER, BaseLink, ReceiveFrames
+from netstack.wire.ethernet import MAX_FRAME
+
+if TYPE_CHECKING:
+    from numpy import uint8
+    from numpy.typing import NDArray
+
+_LENGTH = struct.Struct("!I")
+_SMALLEST = 14
+
+# IOV_MAX of Linux and macOS (limits.h): sendmsg() takes no more pieces.
+_PIECES = 1024
+
+# What the kernel may hold for a guest, where it lets us: half a millisecond at 10 Gbit/s would do, but a guest under
+# emulation sleeps for longer.
+_SOCKET_BUFFER = 4 << 20
+
+# One frame's worth of 65,535 bytes must always fit behind what is left of another.
+assert READ_BUFFER > 2 * (MAX_FRAME + 4)
+
+
+def set_buffers(sock: socket.socket) -> None:
+    """Ask for large socket buffers; beyond net.core.wmem_max only root gets them (SO_SNDBUFFORCE)."""
+    force = {socket.SO_SNDBUF: 32, socket.SO_RCVBUF: 33}  # SO_SNDBUFFORCE, SO_RCVBUFFORCE: not in Python's module
+    for option, forced in force.items():
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, forced, _SOCKET_BUFFER)
+        except OSError:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER)
+
+
+class StreamLink(BaseLink):
+    """One guest (or one segment of guests) on one connected stream socket."""
+
+    prefix = 4
+
+    def __init__(self, name: str, sock: socket.socket, mtu: int, poller: Poller, receive: ReceiveFrames) -> None:
+        super().__init__(name, mtu, poller, receive)
+        sock.setblocking(False)
+        set_buffers(sock)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._buffer = memoryview(bytearray(READ_BUFFER))
+        self._have = 0
+        self._out: list[Buffer] = []
+        self._waits_writable = False
+        poller.register(self._fd, self, READABLE)
+
+    def on_ready(self, events: int, now: float) -> None:
+        """Read once, and hand the whole frames on."""
+        if events & WRITABLE and self._waits_writable:
+            self.flush()
+            self.note_backlog(now)
+        if not events & (READABLE | FAILED | HUNG_UP) or self.closed:
+            return
+        try:
+            n = self._sock.recv_into(self._buffer[self._have :])
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.close(f"link: {error.strerror}")
+            return
+        if n == 0:
+            self.close("guest closed the connection" if not self._have else "guest closed the connection amid a frame")
+            return
+        self._split(self._have + n, now)
+
+    def _split(self, have: int, now: float) -> None:
+        """Find the frames in the buffer. Untrusted."""
+        buffer = self._buffer
+        unpack = _LENGTH.unpack_from
+        spans: list[int] = []
+        append = spans.append
+        at = 0
+        bad = -1
+        last = have - 4
+        while at <= last:
+            (length,) = unpack(buffer, at)
+            if not _SMALLEST <= length <= MAX_FRAME:
+                bad = length
+                break
+            end = at + 4 + length
+            if end > have:
+                break
+            append(at + 4)
+            append(end)
+            at = end
+        if spans:
+            frames = len(spans) >> 1
+            self.frames_from_guest += frames
+            self.bytes_from_guest += at - 4 * frames
+            self._receive(self, buffer, spans, now)
+        if bad >= 0:
+            self.close(f"bad frame length {bad}: must be {_SMALLEST} to {MAX_FRAME}")
+            return
+        rest = have - at
+        if rest and at:
+            buffer[:rest] = bytes(buffer[at:have])  # through a copy: the two may overlap
+        self._have = rest
+
+    def write_prefix(self, buffer: bytearray, frame_length: int) -> None:
+        _LENGTH.pack_into(buffer, 0, frame_length)
+
+    def _put_frame(self, head: Buffer, payload: Buffer | None) -> None:
+        self._out.append(head)
+        if payload is not None:
+            self._out.append(payload)
+
+    def _put_burst(self, frames: NDArray[uint8]) -> None:
+        self._out.append(memoryview(frames.reshape(-1)))
+
+    def flush(self) -> None:
+        out = self._out
+        if not out:
+            return
+        if self._captured:
+            self.write_capture()
+        send = self._sock.sendmsg
+        first = 0
+        count = len(out)
+        while first < count:
+            try:
+                sent = send(out[first : first + _PIECES])
+            except BlockingIOError:
+                break
+            except OSError as error:
+                self._out = []
+                self.close(f"link: {error.strerror}")
+                return
+            self.backlog -= sent
+            while first < count and sent >= len(out[first]):
+                sent -= len(out[first])
+                first += 1
+            if sent:
+                out[first] = memoryview(out[first])[sent:]
+        del out[:first]
+        waits = bool(out)
+        if waits != self._waits_writable:
+            self._waits_writable = waits
+            self._poller.modify(self._fd, READABLE | WRITABLE if waits else READABLE)
+        self.note_backlog()
+
+    def _close(self) -> None:
+        self._out = []
+        self._poller.unregister(self._fd)
+        self._sock.close()
