@@ -186,7 +186,7 @@ int main(int count, char **arguments)
 		if (wait[1].revents & (POLLIN | POLLHUP | POLLERR)) {
 			ssize_t n = recv(stream, incoming + left, BUFFER - left, 0);
 
-			if (n == 0)
+			if (n == 0 || (n < 0 && errno == ECONNRESET))
 				return 0;
 			if (n < 0 && errno != EAGAIN && errno != EINTR)
 				die("recv");

@@ -28,11 +28,14 @@ need_ensurepip() {
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
         say "installing $package"
         export DEBIAN_FRONTEND=noninteractive
-        apt-get install -yqq --no-install-recommends "$package" >/dev/null 2>&1 ||
-            { apt-get update -qq && apt-get install -yqq --no-install-recommends "$package" >/dev/null; } || true
+        mkdir -p .cache
+        {
+            apt-get install -yqq --no-install-recommends "$package" ||
+                { apt-get update -qq && apt-get install -yqq --no-install-recommends "$package"; } || true
+        } </dev/null >.cache/setup-venv.log 2>&1
         "$1" -c 'import ensurepip, venv' 2>/dev/null && return
     fi
-    say "$1 cannot make virtual environments. As root: apt-get install $package"
+    say "$1 cannot make virtual environments: it has no ensurepip. As root: apt-get install $package"
     exit 1
 }
 

@@ -34,7 +34,7 @@ class LinkFactory(Protocol):
     """Makes the links of a network and joins them to its stack."""
 
     def stream(self, name: str, sock: socket.socket) -> StreamLink: ...
-    def log(self, message: str, **fields: object) -> None: ...
+    def tell(self, message: str, **fields: object) -> None: ...
 
 
 class Attachment(ABC):
@@ -118,11 +118,11 @@ class StreamListener(Attachment):
                     continue
                 except OSError as error:
                     # No descriptors or no memory: a queue of guests must not become a busy loop (accept(2)).
-                    self._factory.log("cannot accept a guest", link=self.uri, error=str(error))
+                    self._factory.tell("cannot accept a guest", link=self.uri, error=str(error))
                     await trio.sleep(0.5)
                     continue
                 if len(self.links) >= MAX_GUESTS:
-                    self._factory.log("too many guests on one socket", link=self.uri, limit=MAX_GUESTS)
+                    self._factory.tell("too many guests on one socket", link=self.uri, limit=MAX_GUESTS)
                     connection.close()
                     continue
                 self._adopt(self._factory.stream(self._name(), connection))
@@ -162,7 +162,7 @@ class StreamConnector(Attachment):
                 except OSError as error:
                     problem = str(error)
                     if problem != told:
-                        self._factory.log("waiting for the guest's side", link=self.uri, error=problem)
+                        self._factory.tell("waiting for the guest's side", link=self.uri, error=problem)
                         told = problem
                     await trio.sleep(delay)
                     delay = min(delay * 2, _RETRY_LONGEST)

@@ -126,7 +126,7 @@ class StreamLink(BaseLink):
             self._out.append(payload)
 
     def _put_burst(self, frames: NDArray[uint8]) -> None:
-        self._out.append(memoryview(frames.reshape(-1)))
+        self._out.append(frames.reshape(-1).data)
 
     def flush(self) -> None:
         out = self._out

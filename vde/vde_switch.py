@@ -107,7 +107,7 @@ class VdeSwitch(Attachment):
                     except BlockingIOError:
                         continue
                     except OSError as error:
-                        self._factory.log("cannot accept a plug", link=self.uri, error=str(error))
+                        self._factory.tell("cannot accept a plug", link=self.uri, error=str(error))
                         await trio.sleep(0.5)
                         continue
                     nursery.start_soon(self._serve, trio.socket.from_stdlib_socket(connection))
@@ -126,7 +126,7 @@ class VdeSwitch(Attachment):
                     data += piece
             request = parse_request(data)
             if request is None:
-                self._factory.log("not a VDE request", link=self.uri)
+                self._factory.tell("not a VDE request", link=self.uri)
                 return
             wanted, client, description = request
             plugged = self._plug(wanted, client, description)
@@ -158,7 +158,7 @@ class VdeSwitch(Attachment):
     def _plug(self, wanted: int, client: str, description: str) -> tuple[DatagramLink, str] | None:
         number = self._free_port(wanted)
         if number is None:
-            self._factory.log("no such port is free", link=self.uri, port=wanted)
+            self._factory.tell("no such port is free", link=self.uri, port=wanted)
             return None
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         path = os.path.join(self._directory, f"{number:03d}.{sock.fileno()}")
@@ -170,11 +170,11 @@ class VdeSwitch(Attachment):
             os.chmod(path, 0o600)
         except OSError as error:
             sock.close()
-            self._factory.log("cannot reach the plug's socket", link=self.uri, path=client, error=str(error))
+            self._factory.tell("cannot reach the plug's socket", link=self.uri, path=client, error=str(error))
             return None
         self._ports.add(number)
         name = f"{self.uri}#{number}"
-        self._factory.log("plugged in", link=name, client=description)
+        self._factory.tell("plugged in", link=name, client=description)
         return self._vde.datagram(name, sock, VDE_MTU), path
 
     def _free_port(self, wanted: int) -> int | None:

@@ -32,7 +32,8 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @app.command(
     epilog="Example: netstack qemu --pcap vm.pcapng -- qemu-system-x86_64 -accel auto -m 1G -nographic disk.qcow2",
-    context_settings={"ignore_unknown_options": False},
+    # All that follows the first word is QEMU's, even without the two dashes.
+    context_settings={"allow_interspersed_args": False},
 )
 def qemu(
     command: Annotated[list[str], typer.Argument(metavar="-- QEMU...", help="The QEMU command line.")],
@@ -67,7 +68,14 @@ def qemu(
         raise InputError(f"-p {publish[0]}: forwards come with a later version of netstack; leave -p out for now")
     if shutil.which(command[0]) is None:
         raise InputError(f"{command[0]}: no such program; install QEMU (Debian: qemu-system-x86) or give its path")
+    if {"-daemonize", "--daemonize"} & set(command):
+        raise InputError("-daemonize: this network lives as long as QEMU does; leave it out, or use netstack run")
     from netstack.config import Config, check_mac
+
+    try:
+        card = None if mac is None else check_mac(mac)
+    except ValueError as error:
+        raise InputError(f"--mac {mac} {error}") from None
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
@@ -88,7 +96,7 @@ def qemu(
             line,
             theirs.fileno(),
             qemu_version(line[0]),
-            mac=None if mac is None else check_mac(mac),
+            mac=card,
             host_mtu=settings.network.mtu,
         )
         import trio

@@ -7,6 +7,7 @@ value are separated by commas.
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -126,7 +127,7 @@ def _machine_accelerators(value: str) -> list[str]:
 
 
 def _values(arguments: Sequence[str], *names: str) -> list[str]:
-    return [value for argument, value in zip(arguments[1:], arguments[2:], strict=False) if _name(argument) in names]
+    return [value for argument, value in pairwise(arguments[1:]) if _name(argument) in names]
 
 
 def _name(argument: str) -> str:

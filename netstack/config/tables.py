@@ -79,6 +79,7 @@ def _check_address6(text: str) -> str:
 
 
 def check_mac(text: str) -> str:
+    """One guest's MAC in lower case with colons. Raises ValueError."""
     if not re.fullmatch(r"[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}", text):
         raise ValueError("must be a MAC address such as 52:54:00:12:34:56")
     if int(text[:2], 16) & 1:

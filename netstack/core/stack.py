@@ -29,7 +29,7 @@ import errno
 import hashlib
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -53,6 +53,9 @@ from netstack.wire.ipv4 import PROTOCOL_TCP, PROTOCOL_UDP, write_ipv4
 from netstack.wire.ipv6 import write_ipv6
 from netstack.wire.tcp import RST, SYN, Tcp, TcpOptions, write_tcp
 from netstack.wire.udp import write_udp
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # MACs 8+4 | ethertype 2 | version+IHL 1 | TOS | total length 2 | identification | flags+offset 2 | TTL | protocol 1 |
 # checksum | both addresses 8 | both ports 4 | SEG.SEQ 4 | SEG.ACK 4 | data offset 1 | flags 1 | SEG.WND 2
@@ -112,6 +115,7 @@ class Stack:
         self.touched: list[TcpFlow] = []
         self.ack_later: list[TcpFlow] = []
         self.scratch = np.empty(CHUNK, dtype=np.uint8)  # what flows read into from the host
+        self.chunks: list[NDArray[np.uint8]] = []  # such buffers that no flow needs any more
         self.bytes_in_flight = 0
         self.bytes_for_host = 0
         self._ingress = Ingress(self)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
-import socket
 import time
 import traceback
 from datetime import UTC, datetime
@@ -13,25 +12,24 @@ from typing import Any
 
 import trio
 
-from netstack.config import Config, LinkSpec, parse_link_uri
+from netstack.config import Config, parse_link_uri
 from netstack.control.log import Events, Log
+from netstack.core import lease_records
 from netstack.core.flows import Limits
 from netstack.core.leases import Lease, LeaseTable
 from netstack.core.ports import Handler
 from netstack.core.stack import Stack
 from netstack.core.tcp import TcpFlow
+from netstack.gateway.links import Links
+from netstack.gateway.names import DnsService
 from netstack.gateway.services import AddressServices, build_services
 from netstack.gateway.settings import choose_addresses, open_capture, static_leases
 from netstack.gateway.status import statistics_of
-from netstack.core import lease_records
 from netstack.host import state
 from netstack.host.poller import HostPoller
 from netstack.host.sockets import HostSockets
-from netstack.vde.attachment import Attachment, StreamConnector, StreamDescriptor, StreamListener
-from netstack.vde.datagram import DatagramLink
+from netstack.vde.attachment import Attachment
 from netstack.vde.link import BaseLink
-from netstack.vde.stream import StreamLink
-from netstack.vde.vde_switch import VdeSwitch
 from netstack.wire.ethernet import format_mac
 
 # How long after a change the leases are written: a boot makes several.
@@ -76,6 +74,15 @@ class Network:
             self.stack, self.leases, mtu=config.network.mtu, search=config.dns.search
         )
         self.stack.neighbors.owner_of = self._owner_of
+        self._links = Links(
+            self.stack,
+            self._poller,
+            log,
+            mtu=config.network.mtu,
+            capture=self.capture,
+            on_link=self.services.on_link,
+        )
+        self.dns = DnsService(self.stack, self.leases, config, nursery, events, self.services.set_search)
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
@@ -90,7 +97,7 @@ class Network:
 
     async def attach(self, uri: str) -> Attachment:
         """Make what this link URI stands for, ready for guests when this returns. Raises OSError, ConfigError."""
-        attachment = self._make_attachment(parse_link_uri(uri))
+        attachment = self._links.make_attachment(parse_link_uri(uri))
         await attachment.open()
         self._attachments.append(attachment)
         self._nursery.start_soon(attachment.run)
@@ -187,48 +194,6 @@ class Network:
         self.stack.counters.drop("internal_error")
         text = "".join(traceback.format_exception(error))
         self._events.warning(f"crash {where}", "internal error", where=where, traceback=text)
-
-    # ---- links (vde.attachment.LinkFactory) ------------------------------------------------------------------------
-
-    def stream(self, name: str, sock: socket.socket) -> StreamLink:
-        """Make a stream link and join it to the stack."""
-        link = StreamLink(name, sock, self.config.network.mtu, self._poller, self.stack.receive_frames)
-        self._join(link)
-        return link
-
-    def datagram(self, name: str, sock: socket.socket, mtu: int) -> DatagramLink:
-        """Make a datagram link and join it to the stack."""
-        link = DatagramLink(
-            name, sock, min(mtu, self.config.network.mtu), self._poller, self.stack.receive_frames
-        )
-        self._join(link)
-        return link
-
-    def _join(self, link: BaseLink) -> None:
-        now = time.monotonic()
-        if self.capture is not None:
-            link.interface = self.capture.add_link(link.name)
-            link.capture = self.capture
-        self.stack.add_link(link)
-        self.services.on_link(link, now)
-        self.stack.flush()
-
-        def on_closed(why: str) -> None:
-            self.stack.remove_link(link, time.monotonic())
-            self.log.info("link closed", link=link.name, why=why)
-
-        link.on_closed = on_closed
-        self.log.info("link up", link=link.name, mtu=link.mtu)
-
-    def _make_attachment(self, spec: LinkSpec) -> Attachment:
-        where: dict[str, Any] = {"path": spec.path} if spec.path else {"host": spec.host, "port": spec.port}
-        if spec.scheme in ("unix", "tcp"):
-            return StreamListener(spec.uri, self, **where)
-        if spec.scheme in ("connect+unix", "connect+tcp"):
-            return StreamConnector(spec.uri, self, **where)
-        if spec.scheme == "fd":
-            return StreamDescriptor(spec.uri, self, fd=spec.fd)
-        return VdeSwitch(spec.uri, self, directory=spec.path)
 
     # ---- leases ----------------------------------------------------------------------------------------------------
 

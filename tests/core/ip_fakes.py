@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from netstack.core.addresses import Addresses
 from netstack.core.counters import Counters
 from netstack.core.flows import Limits
-from netstack.core.ports import READABLE, Buffer, Capture, DrainWaiter, Events, Handler, HostSocket, Link, SocketError
+from netstack.core.ports import READABLE, Buffer, Capture, DrainWaiter, Events, Handler, Host, HostSocket, Link, SocketError
 from netstack.core.reassembly import fragment
 from netstack.core.timers import Timers
 from netstack.core.udp import UdpFlows
@@ -240,11 +240,12 @@ def addresses(*, host_loopback: bool = True) -> Addresses:
 class FakeStack:
     """Satisfies core.datagrams.Stack."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: Host | None = None) -> None:
         self.counters = Counters()
         self.timers = Timers()
         self.poller = FakePoller()
-        self.host = FakeHost()
+        self.fake_host = FakeHost()
+        self.host: Host = host or self.fake_host
         self.recorded = FakeEvents()
         self.events: Events | None = self.recorded
         self.limits = Limits()

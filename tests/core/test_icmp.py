@@ -1,4 +1,4 @@
-"""ICMP of guests: the gateway's own answers, ping flows on a fake host, errors both ways. scapy reads what guests get."""
+"""ICMP of guests: the gateway's own answers, ping flows on a fake host, errors. scapy reads what guests get."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_the_gateway_answers_for_itself(bench: Bench, guest: bytes, gateway: byt
     assert (echo.id, echo.seq) == (IDENT, 7)
     assert packet.endswith(b"payload")
     assert (packet[12:16], packet[16:20]) == (gateway, guest) or (packet[8:24], packet[24:40]) == (gateway, guest)
-    assert not bench.stack.host.ping
+    assert not bench.stack.fake_host.ping
 
 
 def test_all_nodes_are_answered_from_a_unicast_address(bench: Bench) -> None:
@@ -158,7 +158,7 @@ def test_an_answer_larger_than_the_guests_mtu_is_fragmented(bench: Bench, guest:
 def test_the_world_answers_with_the_guests_identifier(bench: Bench, guest: bytes, world: bytes) -> None:
     bench.ping(guest, world, 1, b"one")
     bench.ping(guest, world, 2, b"two")
-    [sock] = bench.stack.host.ping
+    [sock] = bench.stack.fake_host.ping
     assert [(sent.address, sent.port, sent.ttl, sent.dont_fragment) for sent in sock.sent] == [(world, 0, 63, True)] * 2
     assert sock.sent[1].payload == message(guest, world, IDENT, 2, b"two", reply=False)
     sock.incoming.append((message(world, guest, 0x9999, 2, b"two", reply=True), world, 0))
@@ -176,10 +176,10 @@ def test_the_world_answers_with_the_guests_identifier(bench: Bench, guest: bytes
 def test_one_socket_for_each_guest_and_identifier(bench: Bench) -> None:
     bench.ping(GUEST4, WORLD4)
     bench.ping(GUEST4, ROUTER4)
-    assert len(bench.stack.host.ping) == 1
+    assert len(bench.stack.fake_host.ping) == 1
     bench.ping(GUEST4, WORLD4, ident=2)
     bench.ping(GUEST4[:3] + b"\x10", WORLD4)
-    assert len(bench.stack.host.ping) == len(bench.icmp.pings) == 3
+    assert len(bench.stack.fake_host.ping) == len(bench.icmp.pings) == 3
 
 
 @FAMILIES
@@ -189,7 +189,7 @@ def test_the_gateway_is_the_first_hop(bench: Bench, guest: bytes, world: bytes) 
     assert (error.src, error.problem, error.packet) == (None, TTL_EXCEEDED, packet)
     assert error.written is not None
     assert bench.stack.drops == {"ping_ttl_exceeded": 1}
-    assert not bench.stack.host.ping
+    assert not bench.stack.fake_host.ping
 
 
 @FAMILIES
@@ -221,7 +221,7 @@ def test_an_error_without_the_request_is_nothing_to_relay(bench: Bench) -> None:
 @FAMILIES
 def test_where_ping_sockets_are_forbidden(bench: Bench, guest: bytes, world: bytes) -> None:
     for sequence in range(3):
-        bench.stack.host.failures.append(PermissionError(errno.EACCES, "ping_group_range"))
+        bench.stack.fake_host.failures.append(PermissionError(errno.EACCES, "ping_group_range"))
         bench.ping(guest, world, sequence)
     errors = bench.stack.taken_errors()
     assert [error.problem for error in errors] == [PROHIBITED] * 3
@@ -236,8 +236,8 @@ def test_where_ping_sockets_are_forbidden(bench: Bench, guest: bytes, world: byt
 
 
 def test_a_host_without_ping_sockets_or_without_the_family(bench: Bench) -> None:
-    bench.stack.host.failures.append(OSError(errno.EPROTONOSUPPORT, "no ping sockets"))
-    bench.stack.host.failures.append(OSError(errno.EAFNOSUPPORT, "no IPv6"))
+    bench.stack.fake_host.failures.append(OSError(errno.EPROTONOSUPPORT, "no ping sockets"))
+    bench.stack.fake_host.failures.append(OSError(errno.EAFNOSUPPORT, "no IPv6"))
     bench.ping(GUEST4, WORLD4)
     bench.ping(GUEST6, WORLD6)
     assert [error.problem for error in bench.stack.taken_errors()] == [PROHIBITED, NO_ROUTE]

@@ -370,7 +370,7 @@ class TestFragment:
             IPv6(src="fd00::1", dst="fd00::2")
             / IPv6ExtHdrHopByHop(options=[PadN(optdata=b"\0" * 4)])
             / IPv6ExtHdrDestOpt(options=[PadN(optdata=b"\0" * 4)])
-            / IPv6ExtHdrRouting(type=4, segleft=0)
+            / IPv6ExtHdrRouting(type=253, segleft=0)
         )
         tail = IPv6ExtHdrDestOpt(options=[PadN(optdata=b"\0" * 4)]) / UDP(sport=1, dport=2) / Raw(PAYLOAD)
         packet = bytes(head / tail)

@@ -95,7 +95,7 @@ def dissect(packet: bytes) -> IP | IPv6:
 @pytest.mark.parametrize("payload", (b"", b"x", b"hello", bytes(range(256)) * 8), ids=len)
 def test_there_and_back(bench: Bench, guest: bytes, world: bytes, payload: bytes) -> None:
     bench.send(guest, 4000, world, 7, payload)
-    [(family, port, sock)] = bench.stack.host.udp
+    [(family, port, sock)] = bench.stack.fake_host.udp
     assert (family, port) == (guest, 4000)
     [sent] = sock.sent
     assert (sent.payload, sent.address, sent.port, sent.ttl, sent.dont_fragment) == (payload, world, 7, 63, True)
@@ -117,9 +117,9 @@ def test_one_socket_for_all_peers_of_an_endpoint(bench: Bench) -> None:
     """RFC 4787 REQ-1."""
     for last in range(1, 30):
         bench.send(GUEST4, 4000, WORLD4[:3] + bytes((last,)), 1000 + last)
-    assert len(bench.stack.host.udp) == len(bench.udp) == 1
+    assert len(bench.stack.fake_host.udp) == len(bench.udp) == 1
     bench.send(GUEST4, 4001, WORLD4, 7)
-    assert len(bench.stack.host.udp) == 2
+    assert len(bench.stack.fake_host.udp) == 2
 
 
 def test_any_port_of_an_asked_address_may_answer_and_no_other_address(bench: Bench) -> None:
@@ -176,7 +176,7 @@ def test_what_is_not_allowed_is_unreachable(bench: Bench, guest: bytes, world: b
     assert error.packet == write_packet(guest, 4000, world, 7, b"hello", 64)
     assert error.written is not None
     assert bench.stack.drops == {"udp_denied": 1}
-    assert not bench.stack.host.udp  # nothing was opened for it
+    assert not bench.stack.fake_host.udp  # nothing was opened for it
 
 
 @FAMILIES
@@ -508,13 +508,13 @@ class TestCaps:
 
     def test_no_descriptor_left_takes_one_of_the_guests_own(self, bench: Bench) -> None:
         bench.send(GUEST4, 1, WORLD4, 7)
-        bench.stack.host.failures.append(OSError(errno.EMFILE, "no descriptors"))
+        bench.stack.fake_host.failures.append(OSError(errno.EMFILE, "no descriptors"))
         bench.send(GUEST4, 2, WORLD4, 7)
         assert [flow.port for flow in bench.udp] == [2]
         assert len(bench.sock(GUEST4, 2).sent) == 1
 
     def test_no_descriptor_at_all_loses_the_datagram(self, bench: Bench) -> None:
-        bench.stack.host.failures.append(OSError(errno.EMFILE, "no descriptors"))
+        bench.stack.fake_host.failures.append(OSError(errno.EMFILE, "no descriptors"))
         bench.send(GUEST4, 2, WORLD4, 7)
         assert len(bench.udp) == 0
         assert bench.stack.drops == {"udp_no_socket": 1}
@@ -527,7 +527,7 @@ class TestCaps:
 
 
 def test_a_host_without_ipv6_is_a_network_that_cannot_be_reached(bench: Bench) -> None:
-    bench.stack.host.failures.append(OSError(errno.EAFNOSUPPORT, "no IPv6"))
+    bench.stack.fake_host.failures.append(OSError(errno.EAFNOSUPPORT, "no IPv6"))
     bench.send(GUEST6, 4000, WORLD6, 7)
     [error] = bench.stack.taken_errors()
     assert error.problem == NO_ROUTE

@@ -1,13 +1,14 @@
 """A real virtual machine for tests: QEMU, Debian's kernel, and a shell that does what the test says.
 
-Theory of operation.  QEMU gets two serial ports.  The kernel's messages go from the first one into a file; on the second
-one a shell reads commands and writes their output, so that the two never mix.  That port, and QEMU's monitor (QMP), are
-socket pairs made before QEMU starts: there is no path to wait for and nothing that QEMU says is lost.  A command travels
-with a marker of its own, which the shell prints, with the exit status, after the command's output; everything up to the
-marker is the output.  Every wait has a deadline, and when one passes the error shows the kernel's last messages.
+Theory of operation.  QEMU gets two serial ports.  The kernel's messages go from the first one into a file; on the
+second one a shell reads commands and writes their output, so that the two never mix.  That port, and QEMU's monitor
+(QMP), are socket pairs made before QEMU starts: there is no path to wait for and nothing that QEMU says is lost.  A
+command travels with a marker of its own, which the shell prints, with the exit status, after the command's output;
+everything up to the marker is the output.  Every wait has a deadline, and when one passes the error shows the
+kernel's last messages.
 
-The harness is plain synchronous code: the tests run netstack as a program of its own, as users do, and wait for one thing
-at a time.
+The harness is plain synchronous code: the tests run netstack as a program of its own, as users do, and wait for one
+thing at a time.
 
 Sources: QEMU docs/interop/qmp-spec.rst, qemu(1) for the options; SeaBIOS loads a boot sector at 0x7C00 as a PC does.
 """
@@ -63,9 +64,9 @@ def find_qemu() -> str:
 def find_accelerator() -> str:
     """`kvm` where a virtual machine truly runs under it, else `tcg`.
 
-    That /dev/kvm is there, and even that it answers, says little: inside another virtual machine it may be unable to run
-    a guest, or run it far slower than TCG.  So a 512-byte guest is run: a boot sector that tells QEMU to end with a status
-    that nothing else gives.
+    That /dev/kvm is there, and even that it answers, says little: inside another virtual machine it may be unable to
+    run a guest, or run it far slower than TCG.  So a 512-byte guest is run: a boot sector that tells QEMU to end with
+    a status that nothing else gives.
     """
     if not Path("/dev/kvm").exists():
         return "tcg"
@@ -107,8 +108,8 @@ def vde_nic(folder: str | Path, mac: str) -> Nic:
 class Guest:
     """A booted virtual machine.
 
-    `folder` receives its files: console.log (the kernel), shell.log (every command and its output), qemu.log, and a pcap
-    of each card.  Use it as a context manager; on entry it has booted and the shell answers.
+    `folder` receives its files: console.log (the kernel), shell.log (every command and its output), qemu.log, and a
+    pcap of each card.  Use it as a context manager; on entry it has booted and the shell answers.
     """
 
     def __init__(
@@ -121,8 +122,11 @@ class Guest:
         prefix: Sequence[str] = (),
         append: str = "",
     ) -> None:
-        """Prepare a guest with `memory` MiB.  `capture`: bytes of each frame for the pcap, None for no pcap.  `prefix`:
-        the words before QEMU's command, to run it in a namespace."""
+        """Prepare a guest with `memory` MiB.
+
+        `capture`: bytes of each frame for the pcap, None for no pcap.  `prefix`: the words before QEMU's command, to run it
+        in a namespace.
+        """
         self.folder = folder
         self._append = append
         self._prefix = list(prefix)
@@ -202,8 +206,8 @@ class Guest:
     def run(self, command: str, timeout: float = 30.0) -> Result:
         """Run a shell command in the guest, for `timeout` seconds at most; return its status and output.
 
-        A command that takes longer is ended in the guest, with status 143 (SIGTERM); a guest that does not answer at all
-        raises GuestError.
+        A command that takes longer is ended in the guest, with status 143 (SIGTERM); a guest that does not answer at
+        all raises GuestError.
         """
         self._counter += 1
         marker = f"LAB-END-{self._counter}-"
@@ -226,7 +230,7 @@ class Guest:
         return output
 
     def probe(self, *words: str | int, timeout: float = 30.0) -> dict[str, Any]:
-        """Run one of the guest's own test programs (tests/lab/guest/probe.py); return what it found out."""
+        """Run one of the guest's own test programs (tests/lab/rootfs/probe.py); return what it found out."""
         output = self.check("python3 /lab/probe.py " + shlex.join(str(word) for word in words), timeout)
         found: dict[str, Any] = json.loads(output.splitlines()[-1])
         return found

@@ -1,12 +1,13 @@
 """An initial RAM file system for test guests, made of the files of the Debian machine that runs the tests.
 
-Theory of operation.  A guest needs a kernel and a userland.  The kernel is Debian's own from /boot with its modules from
-/lib/modules; the userland is busybox-static, plus a few dynamic programs (iperf3, curl, dhclient, ping and the very Python
-that runs the tests), each copied with the libraries that `ldd` names.  Nothing is downloaded and nothing is installed: one
-cpio archive of some 40 MiB is the whole machine, and it is up in about two seconds even without KVM.
+Theory of operation.  A guest needs a kernel and a userland.  The kernel is Debian's own from /boot with its modules
+from /lib/modules; the userland is busybox-static, plus a few dynamic programs (iperf3, curl, dhclient, ping and the
+very Python that runs the tests), each copied with the libraries that `ldd` names.  Nothing is downloaded and nothing
+is installed: one cpio archive of some 40 MiB is the whole machine, and it is up in about two seconds even without
+KVM.
 
-The archive is kept in a cache directory under a name made of everything that went into it, so that it is built again when
-any of it changes, and only then.  The same inputs give the same bytes.
+The archive is kept in a cache directory under a name made of everything that went into it, so that it is built again
+when any of it changes, and only then.  The same inputs give the same bytes.
 
 Sources: Linux Documentation/driver-api/early-userspace/buffer-format.rst (the "newc" cpio format) and
 Documentation/filesystems/ramfs-rootfs-initramfs.rst; depmod(8) for modules.dep.
@@ -36,7 +37,7 @@ MODULES = ("failover", "net_failover", "virtio_pci", "virtio_net", "af_packet", 
 # Programs beside busybox: those that the machine has are taken.
 PROGRAMS = ("iperf3", "curl", "ping", "dhclient", "ip", "tracepath")
 
-# Modules of Python's library that the guest's programs import (tests/lab/probe.py).
+# Modules of Python's library that the guest's programs import (tests/lab/rootfs/probe.py).
 PYTHON_MODULES = (
     "argparse",
     "contextlib",
@@ -45,6 +46,7 @@ PYTHON_MODULES = (
     "hashlib",
     "json",
     "random",
+    "select",
     "selectors",
     "signal",
     "socket",
@@ -196,7 +198,8 @@ class Builder:
             )
         self.add_binary(Path(busybox).resolve(), "/bin/busybox")
         applets = subprocess.run([busybox, "--list"], check=True, capture_output=True, text=True, timeout=10)
-        # Debian's busybox, run as a shell, prefers its own applets to the programs in PATH: ping, ip and wget would be its.
+        # Debian's busybox, run as a shell, prefers its own applets to the programs in PATH: ping, ip and wget would
+        # be its.
         shell = shutil.which("dash")
         if shell is not None:
             self.add_binary(Path(shell).resolve(), "/bin/sh")
@@ -206,7 +209,7 @@ class Builder:
 
     def build(self, kernel: Kernel) -> None:
         """Gather everything that a guest runs."""
-        for path in ("/proc", "/sys", "/dev", "/tmp", "/run", "/root", "/var/lib/dhcp", "/etc"):  # noqa: S108
+        for path in ("/proc", "/sys", "/dev", "/tmp", "/run", "/root", "/var/lib/dhcp", "/etc"):
             self.add_directory(path)
         self.add_busybox()
         self.add_modules(kernel)
@@ -216,10 +219,12 @@ class Builder:
                 # Under one folder that is searched before busybox's, whatever the machine's own layout.
                 self.add_binary(Path(found).resolve(), f"/usr/bin/{program}")
         self.add_python()
-        for source in sorted((HERE / "guest").iterdir()):
+        for source in sorted((HERE / "rootfs").iterdir()):
             if source.is_file():
                 self.add(f"/lab/{source.name}", Entry(PROGRAM, source=source))
-        self.add("/init", Entry(PROGRAM, source=HERE / "guest" / "init"))
+        # Under the name by which the host's side imports it, too.
+        self.add("/lab/tests/lab/rootfs/pattern.py", Entry(FILE, source=HERE / "rootfs" / "pattern.py"))
+        self.add("/init", Entry(PROGRAM, source=HERE / "rootfs" / "init"))
         self.add_text("/etc/passwd", "root:x:0:0:root:/root:/bin/sh\n")
         self.add_text("/etc/group", "root:x:0:\n")
         self.add_text("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")
@@ -313,7 +318,9 @@ def resolve_modules(kernel: Kernel, names: tuple[str, ...]) -> list[Path]:
     for name in names:
         visit(name)
     if "virtio_net" not in built_in and "virtio_net" not in needs:
-        raise LabUnavailableError(f"the kernel {kernel.image} has no virtio_net driver, neither built in nor as a module")
+        raise LabUnavailableError(
+            f"the kernel {kernel.image} has no virtio_net driver, neither built in nor as a module"
+        )
     return order
 
 
@@ -333,7 +340,9 @@ def read_module(path: Path) -> bytes:
         return gzip.decompress(content)
     if path.suffix == ".zst":
         if shutil.which("zstd") is None:
-            raise LabUnavailableError("this kernel's modules are packed with zstd; install it: sudo apt-get install zstd")
+            raise LabUnavailableError(
+                "this kernel's modules are packed with zstd; install it: sudo apt-get install zstd"
+            )
         return subprocess.run(["zstd", "-dcq", path], check=True, capture_output=True, timeout=30).stdout
     return content
 

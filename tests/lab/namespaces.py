@@ -1,9 +1,9 @@
 """Network namespaces for tests: a small internet that begins and ends on this machine.
 
-Theory of operation.  A namespace lives as long as a process is in it: each one here is held by a `cat` that reads a pipe
-from the test, and ends with it, however the test ends.  So there is no name under /run/netns that could clash with another
-run's, and nothing to clean up after a crash.  Where the tests do not run as root, the namespaces belong to a new user
-namespace, in which they are root.
+Theory of operation.  A namespace lives as long as a process is in it: each one here is held by a `cat` that reads a
+pipe from the test, and ends with it, however the test ends.  So there is no name under /run/netns that could clash
+with another run's, and nothing to clean up after a crash.  Where the tests do not run as root, the namespaces belong
+to a new user namespace, in which they are root.
 
     host      where netstack runs: 198.51.100.1, 2001:db8:1::1, its own loopback, its own /etc/resolv.conf
     router    one hop away: 198.51.100.254, 2001:db8:1::ff; answers for addresses that cannot be reached
@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from tests.lab.initramfs import LabUnavailableError
 
@@ -110,7 +110,7 @@ class Namespace:
     def run(
         self, *command: str | Path, check: bool = True, timeout: float = 30.0, stdin: str | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command in here to its end; what it wrote is in the result.  Raises when it fails, unless `check` is off."""
+        """Run a command in here to its end; what it wrote is in the result.  With `check`, raise when it fails."""
         outcome = subprocess.run(
             [*self.words(), *command], input=stdin, capture_output=True, text=True, timeout=timeout, check=False
         )
@@ -222,7 +222,10 @@ class World:
     def check_isolation(self) -> None:
         """Assert that no packet can leave: every device is the loopback, ours, or a tunnel that nobody configured."""
         for namespace, ours in ((self.host, {"eth0"}), (self.router, {"eth0", "eth1"}), (self.far, {"eth0"})):
-            up = {line.split()[1].partition("@")[0].rstrip(":") for line in namespace.ip("-o", "link", "show", "up").splitlines()}
+            up = {
+                line.split()[1].partition("@")[0].rstrip(":")
+                for line in namespace.ip("-o", "link", "show", "up").splitlines()
+            }
             assert up <= ours | {"lo"}, f"{namespace.name} has other devices: {up}"
 
     def close(self) -> None:
@@ -237,7 +240,7 @@ class World:
 
 
 class TapNamespace(Namespace):
-    """A namespace whose kernel is a guest: its tap device is carried over QEMU's stream framing by tests/lab/relay.py."""
+    """A namespace whose kernel is a guest: its tap is carried over QEMU's stream framing by tests/lab/relay.py."""
 
     def __init__(
         self,
@@ -259,7 +262,7 @@ class TapNamespace(Namespace):
             self.relay = self.popen(
                 sys.executable, RELAY, *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
-            if self.relay.stdout.readline() != "ready\n":
+            if output_of(self.relay).readline() != "ready\n":
                 _, errors = self.relay.communicate(timeout=5)
                 raise RuntimeError(f"the relay did not start: {errors.strip()}")
         except BaseException:
@@ -280,6 +283,12 @@ class TapNamespace(Namespace):
         self.relay.kill()
         self.relay.communicate()
         super().close()
+
+
+def output_of(process: subprocess.Popen[Any]) -> IO[Any]:
+    """The pipe from the standard output of a process that was started with one."""
+    assert process.stdout is not None
+    return process.stdout
 
 
 def wait_until(condition: Any, what: str, timeout: float = 10.0) -> Any:

@@ -1,0 +1,134 @@
+"""`netstack status`: what a running network does, asked over its API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from netstack.cli.faults import CommandError, InputError, one_line
+from netstack.cli.output import human_bytes, human_seconds, print_json, print_lines, print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+TIMEOUT_SECONDS = 5.0
+SHOWN_FLOWS = 20
+
+
+@app.command(epilog="Example: netstack status --json")
+def status(
+    api: Annotated[
+        str | None,
+        typer.Option(metavar="URI", help="The API's address. Default: the socket of `netstack run`."),
+    ] = None,
+    token_file: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Where the token of an API at tcp:// is. Default: where run put it."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the API says.")] = False,
+) -> None:
+    """Show what is running: links, guests, flows and what was dropped."""
+    state = ask_api("/v1/status", api, token_file)
+    if as_json:
+        print_json(state)
+    else:
+        show(state)
+
+
+def ask_api(path: str, api: str | None = None, token_file: str | None = None) -> dict[str, Any]:
+    """GET `path` of a running netstack. Raises CommandError or InputError."""
+    from netstack.config import parse_api_uri, runtime_directory
+
+    spec = parse_api_uri(api or f"unix://{runtime_directory() / 'api.sock'}")
+    headers = {}
+    base = "http://netstack"
+    if not spec.path:
+        place = Path(token_file) if token_file else runtime_directory() / f"api-{spec.port}.token"
+        try:
+            headers["authorization"] = f"Bearer {place.read_text().strip()}"
+        except OSError as error:
+            raise InputError(f"{one_line(error)}: name the API's token with --token-file") from None
+        base = f"http://[{spec.host}]:{spec.port}" if ":" in spec.host else f"http://{spec.host}:{spec.port}"
+    import httpx
+
+    # trust_env=False: a proxy for the world is none for this host's loopback.
+    transport = httpx.HTTPTransport(uds=spec.path or None, trust_env=False)
+    try:
+        with httpx.Client(transport=transport, timeout=TIMEOUT_SECONDS, headers=headers, trust_env=False) as client:
+            answer = client.get(base + path)
+            answer.raise_for_status()
+            document = answer.json()
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code == 401:
+            raise CommandError(f"{spec.uri} refuses the token: it is another run's, look for the new one") from None
+        raise CommandError(f"{spec.uri}{path} answers {error.response.status_code}") from None
+    except httpx.ConnectError:
+        raise CommandError(f"nobody answers at {spec.uri}: start `netstack run`, or name its API with --api") from None
+    except (httpx.HTTPError, ValueError) as error:
+        raise CommandError(f"{spec.uri}: {one_line(error)}") from None
+    if not isinstance(document, dict):
+        raise CommandError(f"{spec.uri} does not speak netstack's API")
+    return document
+
+
+def show(state: Mapping[str, Any]) -> None:
+    """Tables for people."""
+    network, flows = state["network"], state["flows"]
+    print_lines(
+        [
+            f"netstack {state['version']}, process {state['pid']}, up {human_seconds(state['uptime'])}",
+            f"network {network['subnet']} and {network['subnet6']}, MTU {network['mtu']}",
+            f"gateway {network['gateway']} and {network['gateway6']}, DNS {network['dns']} and {network['dns6']}",
+        ]
+    )
+    print_table(
+        "Links",
+        ("name", "guests", "up", "from guest", "to guest", "frames from", "frames to", "drops to"),
+        (
+            (
+                link["name"],
+                link["guests"],
+                "yes" if link["connected"] else "no",
+                human_bytes(link.get("bytes_from_guest", 0)),
+                human_bytes(link.get("bytes_to_guest", 0)),
+                link.get("frames_from_guest", 0),
+                link.get("frames_to_guest", 0),
+                link.get("drops_to_guest", 0),
+            )
+            for link in state["links"]
+        ),
+    )
+    print_table(
+        "Guests",
+        ("name", "MAC", "addresses", "link", "seen"),
+        (
+            (g["name"] or "-", g["mac"], ", ".join(g["addresses"]), g["link"], f"{human_seconds(g['seen'])} ago")
+            for g in state["guests"]
+        ),
+    )
+    shown = flows["list"][:SHOWN_FLOWS]
+    print_table(
+        f"Flows: {flows['tcp']} TCP, {flows['udp']} UDP, {flows['icmp']} ICMP, at most {flows['limit']}",
+        ("protocol", "guest", "peer", "state", "age", "from guest", "to guest"),
+        (
+            (
+                flow["protocol"],
+                flow["guest"],
+                flow["peer"],
+                flow["state"],
+                human_seconds(flow["age"]),
+                human_bytes(flow["bytes_from_guest"]),
+                human_bytes(flow["bytes_to_guest"]),
+            )
+            for flow in shown
+        ),
+    )
+    if len(flows["list"]) > len(shown):
+        print_lines([f"and {len(flows['list']) - len(shown)} more: netstack status --json"])
+    if state["drops"]:
+        drops: list[tuple[str, int]] = sorted(state["drops"].items(), key=lambda item: -int(item[1]))
+        print_table("Dropped", ("reason", "frames"), drops)
