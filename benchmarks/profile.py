@@ -1,8 +1,8 @@
 """Where netstack spends its time: `python -m benchmarks profile`. One guest, one load, one sampler.
 
-py-spy (from PyPI, `pip install py-spy`) samples the running process from outside and does not slow it: the shares are those
-of real work. cProfile counts every call, which slows Python code several times over and C code not at all: use it for the
-counts. strace counts system calls. Where a figure is far from its target, this says why.
+py-spy (from PyPI, `pip install py-spy`) samples the running process from outside and does not slow it: the shares are
+those of real work. cProfile counts every call, which slows Python code several times over and C code not at all: use it
+for the counts. strace counts system calls. Where a figure is far from its target, this says why.
 """
 
 from __future__ import annotations

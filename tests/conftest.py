@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Generator
 from functools import cache
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.lab.initramfs import LabUnavailableError
+from tests.lab.namespaces import check_namespaces
 
 # fast: the same examples in every run, so that a red run is the fault of the change under test.
 # deep: HYPOTHESIS_PROFILE=deep looks for new ones, for hours if need be, and prints how to repeat what it finds.
@@ -25,27 +27,28 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 
-def _can_make_namespaces() -> bool:
-    # Root in a container often may not: only trying tells.
-    unshare = shutil.which("unshare")
-    if unshare is None:
-        return False
-    return subprocess.run([unshare, "-n", "true"], check=False, capture_output=True).returncode == 0
+def _without_root() -> str | None:
+    return None if os.geteuid() == 0 else "root"
 
 
-def _can_open_tap() -> bool:
+def _without_namespaces() -> str | None:
+    try:
+        check_namespaces()
+    except LabUnavailableError as error:
+        return f"the right to make network namespaces ({error})"
+    return None
+
+
+def _without_tap() -> str | None:
     try:
         os.close(os.open("/dev/net/tun", os.O_RDWR))
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        return f"/dev/net/tun ({error.strerror})"
+    return None
 
 
-ABILITIES: dict[str, tuple[Callable[[], bool], str]] = {
-    "root": (lambda: os.geteuid() == 0, "root"),
-    "netns": (_can_make_namespaces, "the right to make network namespaces (unshare -n)"),
-    "tun": (_can_open_tap, "/dev/net/tun"),
-}
+# Each says what is missing, or None.
+ABILITIES = {"root": _without_root, "netns": _without_namespaces, "tun": _without_tap}
 
 # Where the name of the program is not the name of its Debian package.
 DEBIAN_PACKAGES = {
@@ -66,19 +69,33 @@ DEBIAN_PACKAGES = {
 def lacking(what: str) -> str | None:
     """Why this machine lacks the ability or program `what`, or None when it has it."""
     if what in ABILITIES:
-        there, name = ABILITIES[what]
-        return None if there() else f"needs {name}"
+        missing = ABILITIES[what]()
+        return missing and f"needs {missing}"
     if shutil.which(what) or shutil.which(what, path="/usr/sbin:/sbin"):
         return None
     return f"needs {what} (Debian package {DEBIAN_PACKAGES.get(what, what)})"
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Leaves a test out whose machine is not here."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    """Leaves a test out whose machine is not here: said by its mark, or found by the lab in a fixture."""
     for mark in item.iter_markers("needs"):
         for what in mark.args:
             if reason := lacking(what):
                 pytest.skip(reason)
+    try:
+        yield
+    except LabUnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """The same, found by the lab while the test runs."""
+    try:
+        yield
+    except LabUnavailableError as error:
+        pytest.skip(str(error))
 
 
 def _kind(nodeid: str) -> str:
@@ -95,8 +112,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         # A file that was skipped as a whole reports once, while collecting.
         unit = "" if isinstance(report, pytest.TestReport) else " (whole files)"
         left_out[_kind(report.nodeid) + unit, reason.removeprefix("Skipped: ")] += 1
-    for report in terminalreporter.stats.get("deselected", []):
-        left_out[_kind(report.nodeid), "deselected on the command line"] += 1
+    if deselected := terminalreporter.stats.get("deselected", []):
+        terminalreporter.write_line(f"{len(deselected)} tests were deselected on the command line")
     if not left_out:
         terminalreporter.write_sep("=", "nothing was left out", green=True)
         return

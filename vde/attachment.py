@@ -13,6 +13,7 @@ import socket
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import trio
@@ -101,8 +102,7 @@ class StreamListener(Attachment):
     async def open(self) -> None:
         if self._path:
             self._sock = listen_unix(self._path)
-            status = os.stat(self._path)
-            self._made = (status.st_dev, status.st_ino)
+            self._made = _identity(self._path)
         else:
             self._sock = await _listen_tcp(self._host, self._port)
 
@@ -135,9 +135,8 @@ class StreamListener(Attachment):
             self._sock.close()
             self._sock = None
             with contextlib.suppress(OSError):
-                status = os.stat(self._path)
-                if (status.st_dev, status.st_ino) == self._made:  # not the one that our successor made
-                    os.unlink(self._path)
+                if self._made is not None and _identity(self._path) == self._made:  # not the one of our successor
+                    Path(self._path).unlink()
 
 
 class StreamConnector(Attachment):
@@ -220,6 +219,11 @@ class StreamDescriptor(Attachment):
             self.close()
 
 
+def _identity(path: str) -> tuple[int, int]:
+    status = Path(path).stat()
+    return status.st_dev, status.st_ino
+
+
 def _take_over(sock: trio.socket.SocketType) -> socket.socket:
     """The plain socket of a trio one, which gives it up."""
     return socket.socket(sock.family, sock.type, sock.proto, fileno=sock.detach())
@@ -228,7 +232,7 @@ def _take_over(sock: trio.socket.SocketType) -> socket.socket:
 def listen_unix(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
     """A non-blocking listening socket at `path`, mode 0600; a dead one that is in the way is replaced."""
     with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        if not stat.S_ISSOCK(Path(path).lstat().st_mode):
             raise OSError(errno.EEXIST, f"{path} exists and is not a socket")
         with socket.socket(socket.AF_UNIX, kind) as probe:
             probe.setblocking(False)
@@ -237,7 +241,7 @@ def listen_unix(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
             except BlockingIOError:
                 raise OSError(errno.EADDRINUSE, f"{path} is in use by another process") from None
             except (ConnectionRefusedError, FileNotFoundError):
-                os.unlink(path)
+                Path(path).unlink()
             else:
                 raise OSError(errno.EADDRINUSE, f"{path} is in use by another process")
     sock = socket.socket(socket.AF_UNIX, kind)

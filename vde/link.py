@@ -2,8 +2,8 @@
 
 Theory of operation
 -------------------
-The stack queues frames during a wakeup and calls `flush` once; a subclass hands them to the kernel. What the kernel does
-not take stays queued and the poller is asked for writability. Two marks bound the queue, in bytes:
+The stack queues frames during a wakeup and calls `flush` once; a subclass hands them to the kernel. What the kernel
+does not take stays queued and the poller is asked for writability. Two marks bound the queue, in bytes:
 
     backlog > CONGESTED   `congested`: TCP flows stop reading from their host sockets and wait with wait_drained();
                           nothing is lost, the host's TCP slows down
@@ -68,7 +68,8 @@ class BaseLink(ABC):
     # ---- the queue -------------------------------------------------------------------------------------------------
 
     def write_prefix(self, buffer: bytearray, frame_length: int) -> None:
-        """Fill what stands before a frame; this link has nothing there."""
+        """Fill what stands before a frame; here nothing does."""
+        del buffer, frame_length
 
     def queue_frame(self, head: Buffer, payload: Buffer | None = None) -> None:
         """Queue one frame in one or two pieces."""
@@ -80,7 +81,9 @@ class BaseLink(ABC):
         self.frames_to_guest += 1
         self.bytes_to_guest += size - self.prefix
         if self.capture is not None:
-            self._captured.append((memoryview(head)[self.prefix :],) if payload is None else (memoryview(head)[self.prefix :], payload))
+            self._captured.append(
+                (memoryview(head)[self.prefix :],) if payload is None else (memoryview(head)[self.prefix :], payload)
+            )
         self._put_frame(head, payload)
         if self.backlog > CONGESTED:
             self.flush()

@@ -3,8 +3,8 @@
 The control protocol is that of vde_switch (vde-2 src/vde_switch/datasock.c; libvdeplug): DIR/ctl is a listening stream
 socket; a client sends one request there and keeps the connection for as long as it is plugged in.
 
-    request, native endian, packed:   u32 magic 0xfeedface | u32 version 3 | u32 type | sockaddr_un 110 | description <= 128
-    reply:                            sockaddr_un 110, the switch's datagram socket for this port
+    request, native endian, packed:   u32 magic 0xfeedface | u32 version 3 | u32 type | sockaddr_un 110 | description
+    <= 128 reply:                            sockaddr_un 110, the switch's datagram socket for this port
 
     type & 0xff: 0 a port, 1 the management's port; type >> 8: the port number asked for, 0 for any
 
@@ -20,8 +20,8 @@ import contextlib
 import errno
 import os
 import socket
-import stat
 import struct
+from pathlib import Path
 from typing import Protocol
 
 import trio
@@ -75,7 +75,7 @@ class VdeSwitch(Attachment):
     def __init__(self, uri: str, factory: VdeFactory, *, directory: str) -> None:
         super().__init__(uri, factory)
         self._vde = factory
-        self._directory = directory
+        self._directory = Path(directory)
         self._listener: socket.socket | None = None
         self._ports: set[int] = set()
         self._made_directory = False
@@ -83,17 +83,17 @@ class VdeSwitch(Attachment):
     async def open(self) -> None:
         directory = self._directory
         try:
-            os.mkdir(directory, 0o700)
+            directory.mkdir(mode=0o700)
             self._made_directory = True
         except FileExistsError:
-            if not stat.S_ISDIR(os.stat(directory).st_mode):
+            if not directory.is_dir():
                 raise OSError(errno.ENOTDIR, f"{directory} exists and is not a directory") from None
         except OSError as error:
             raise OSError(error.errno, f"cannot make the switch's directory {directory}: {error.strerror}") from None
-        self._listener = listen_unix(os.path.join(directory, "ctl"))
-        for name in os.listdir(directory):  # ports of a switch that did not clean up
-            if name.endswith(".F") and name[:3].isdigit():
-                os.unlink(os.path.join(directory, name))
+        self._listener = listen_unix(str(directory / "ctl"))
+        for stale in directory.glob("[0-9][0-9][0-9].*"):  # ports of a switch that did not clean up
+            if stale.is_socket():
+                stale.unlink()
 
     async def run(self) -> None:
         listener = self._listener
@@ -138,16 +138,15 @@ class VdeSwitch(Attachment):
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._await_end, control, nursery.cancel_scope)
-                    await control.send(write_address(path))
+                    await control.send(write_address(str(path)))
                     await gone.wait()
                     nursery.cancel_scope.cancel()
             except* OSError:
                 pass  # it unplugged before it read our answer
             finally:
                 link.close("guest unplugged")
-                self._ports.discard(int(os.path.basename(path)[:3]))
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+                self._ports.discard(int(path.name[:3]))
+                path.unlink(missing_ok=True)
 
     async def _await_end(self, control: trio.socket.SocketType, scope: trio.CancelScope) -> None:
         with contextlib.suppress(OSError):
@@ -155,19 +154,18 @@ class VdeSwitch(Attachment):
                 pass
         scope.cancel()
 
-    def _plug(self, wanted: int, client: str, description: str) -> tuple[DatagramLink, str] | None:
+    def _plug(self, wanted: int, client: str, description: str) -> tuple[DatagramLink, Path] | None:
         number = self._free_port(wanted)
         if number is None:
             self._factory.tell("no such port is free", link=self.uri, port=wanted)
             return None
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        path = os.path.join(self._directory, f"{number:03d}.{sock.fileno()}")
+        path = self._directory / f"{number:03d}.{sock.fileno()}"
         try:
             sock.connect(client)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            sock.bind(path)
-            os.chmod(path, 0o600)
+            path.unlink(missing_ok=True)
+            sock.bind(str(path))
+            path.chmod(0o600)
         except OSError as error:
             sock.close()
             self._factory.tell("cannot reach the plug's socket", link=self.uri, path=client, error=str(error))
@@ -188,6 +186,6 @@ class VdeSwitch(Attachment):
             self._listener.close()
             self._listener = None
             with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self._directory, "ctl"))
+                (self._directory / "ctl").unlink()
                 if self._made_directory:
-                    os.rmdir(self._directory)
+                    self._directory.rmdir()

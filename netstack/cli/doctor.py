@@ -189,7 +189,17 @@ def _output_of(*command: str) -> str:
 
 def check_subnet() -> Check:
     """Whether the guests' network is on the host already."""
-    return Check("network", "ok", "")
+    from netstack.config import Config
+    from netstack.host.subnets import find_clash, list_taken
+
+    wished = Config().network.addresses()
+    taken = list_taken()
+    clashes = [clash for clash in (find_clash(net, taken) for net in (wished.subnet, wished.subnet6)) if clash]
+    if clashes:
+        words = "; ".join(f"{clash.network} is on this host ({clash.why})" for clash in clashes)
+        mend = "Name another network, such as --subnet 192.168.77.0/24, if scripts rely on its addresses."
+        return Check("network", "warning", f"{words}: guests get the next free one", mend)
+    return Check("network", "ok", f"{wished.subnet} and {wished.subnet6} are free")
 
 
 def check_tun() -> Check:

@@ -26,15 +26,18 @@ def printable(text: object) -> str:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table, with a title above; numbers to the right."""
+    kept = [list(row) for row in rows]
+    if not kept:
+        print_lines([f"{title}: none"])
+        return
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
-    kept = [list(row) for row in rows]
     for index, column in enumerate(columns):
-        numbers = bool(kept) and all(isinstance(row[index], int | float) for row in kept)
+        numbers = all(isinstance(row[index], int | float) for row in kept)
         table.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in kept:
         table.add_row(*(Text(printable(cell)) for cell in row))

@@ -111,8 +111,9 @@ def show(state: Mapping[str, Any]) -> None:
         ),
     )
     shown = flows["list"][:SHOWN_FLOWS]
+    print_lines([f"{flows['tcp']} TCP, {flows['udp']} UDP and {flows['icmp']} ICMP flows, at most {flows['limit']}"])
     print_table(
-        f"Flows: {flows['tcp']} TCP, {flows['udp']} UDP, {flows['icmp']} ICMP, at most {flows['limit']}",
+        "Flows",
         ("protocol", "guest", "peer", "state", "age", "from guest", "to guest"),
         (
             (

@@ -184,10 +184,13 @@ class NetworkTable(Table):
     mtu: Mtu = MAX_MTU
     host_loopback: bool = True
 
-    def addresses(self, subnet: IPv4Network | None = None) -> NetworkAddresses:
-        """The addresses, in `subnet` where the table says auto (None: the default network)."""
+    def addresses(self, subnet: IPv4Network | None = None, subnet6: IPv6Network | None = None) -> NetworkAddresses:
+        """The addresses, in these networks where the table says auto.
+
+        None is the default network, for IPv6 the one beside that of IPv4.
+        """
         net = (subnet or DEFAULT_SUBNET) if self.subnet == AUTO else IPv4Network(self.subnet)
-        net6 = subnet6_beside(net) if self.subnet6 == AUTO else IPv6Network(self.subnet6)
+        net6 = (subnet6 or subnet6_beside(net)) if self.subnet6 == AUTO else IPv6Network(self.subnet6)
         roomy = net.num_addresses > 16
         return NetworkAddresses(
             net,

@@ -44,7 +44,7 @@ class Log:
         self.level = LEVELS[level]
         self._format = log_format
         self._stream = sys.stderr if stream is None else stream
-        self._colors = self._stream.isatty() if colors is None else colors
+        self._colors = colors  # None: whether the stream is a terminal
         self._logger: Any = None
 
     @property
@@ -76,11 +76,12 @@ class Log:
     def _write(self, level: str, event: str, fields: dict[str, object]) -> None:
         if LEVELS[level] < self.level:
             return
-        self.warm_up()
         try:
+            self.warm_up()
             getattr(self._logger, level)(event, **fields)
-        except (OSError, ValueError):
-            # ValueError: the stream was closed. There is nowhere left to complain to.
+        except (AttributeError, OSError, ValueError):
+            # ValueError: the stream was closed. AttributeError: there never was one (sys.stderr is None). There
+            # is nowhere left to complain to.
             self.level = sys.maxsize
 
     def _make_logger(self) -> Any:
@@ -98,7 +99,7 @@ class Log:
                 structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
                 escape_control_characters,
                 structlog.dev.ConsoleRenderer(
-                    colors=self._colors,
+                    colors=self._stream.isatty() if self._colors is None else self._colors,
                     pad_event_to=0,
                     pad_level=False,
                     exception_formatter=structlog.dev.plain_traceback,

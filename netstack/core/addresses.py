@@ -12,7 +12,8 @@ UNSPECIFIED6 = bytes(16)
 BROADCAST4 = b"\xff" * 4
 ALL_NODES = bytes.fromhex("ff020000000000000000000000000001")
 
-# ::/96 (RFC 4291 2.5.5.1: "IPv4-compatible", and :: and ::1) and ::ffff:0:0/96: a host's socket takes the latter for IPv4.
+# ::/96 (RFC 4291 2.5.5.1: "IPv4-compatible", and :: and ::1) and ::ffff:0:0/96: a host's socket takes the latter for
+# IPv4.
 _LOW = bytes(12)
 _MAPPED = bytes(10) + b"\xff\xff"
 
@@ -71,9 +72,9 @@ class Addresses:
     def to_host(self, dst: bytes) -> bytes | None:
         """Where the host's socket must send for this destination; None where a guest may not go.
 
-        The gateway is the host's loopback. What the host's kernel would take for itself or for its own wire, without the
-        guest being allowed to name it, is refused: 127/8, 0/8, multicast, the IPv4-mapped and -compatible IPv6 addresses
-        (`::ffff:127.0.0.1` is the host's loopback), link-local IPv6, and this network.
+        The gateway is the host's loopback. What the host's kernel would take for itself or for its own wire, without
+        the guest being allowed to name it, is refused: 127/8, 0/8, multicast, the IPv4-mapped and -compatible IPv6
+        addresses (`::ffff:127.0.0.1` is the host's loopback), link-local IPv6, and this network.
         """
         if len(dst) == 4:
             if dst == self.gateway:

@@ -20,13 +20,17 @@ class Counters:
         self.tcp_fast_retransmits = 0
         self.tcp_timeouts = 0
         self.drops: dict[str, int] = {}
-        # In pcap debug mode the reason of the frame at hand, for its comment; the stack takes it after each frame.
-        self.noted: str | None = None
+        self._noted: str | None = None
 
     def drop(self, reason: str) -> None:
         """Count one frame, packet or segment that was thrown away, and why."""
         self.drops[reason] = self.drops.get(reason, 0) + 1
-        self.noted = reason
+        self._noted = reason
+
+    def take_note(self) -> str | None:
+        """The reason of the last drop since the last call: in pcap debug mode it becomes the frame's comment."""
+        reason, self._noted = self._noted, None
+        return reason
 
     def as_dict(self) -> dict[str, int]:
         """All totals but the drops."""

@@ -1,8 +1,8 @@
 """The slow road: every frame from a guest that the fast path of `core.stack` does not know.
 
-One frame goes through four rooms: `on_frame` (Ethernet and the switch), `_on_ipv4`/`_on_ipv6` (who sent it, is it whole,
-is it for us or for the world), then `_on_tcp`, `_on_udp` or ICMP. What does not fit is dropped and counted under the
-name given here; nothing raises. Fragments go to `core.reassembly` and come back in as one packet.
+One frame goes through four rooms: `on_frame` (Ethernet and the switch), `_on_ipv4`/`_on_ipv6` (who sent it, is it
+whole, is it for us or for the world), then `_on_tcp`, `_on_udp` or ICMP. What does not fit is dropped and counted
+under the name given here; nothing raises. Fragments go to `core.reassembly` and come back in as one packet.
 
 Reasons: ethernet_short, ethernet_bad_source, ethertype_unknown, ipv4_malformed, ipv6_malformed, source_not_its_own,
 fragment_* and reassembly_* (core.reassembly), not_forwarded (broadcast, multicast), protocol_unknown, tcp_malformed,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PROTOCOL_ICMP6 = 58
 _PROTOCOL_IGMP = 2
+_NO_MAC = bytes(6)
 
 # RFC 4861 4 and RFC 2710/3810: router and neighbor discovery, redirect; multicast listener messages.
 _NDP = range(133, 138)
@@ -58,7 +59,7 @@ class Ingress:
         macs = bytes(buffer[start : start + 14])
         dst = macs[:6]
         src = macs[6:12]
-        if src[0] & 1 or src == stack.mac or src == b"\0\0\0\0\0\0":
+        if src[0] & 1 or src in (stack.mac, _NO_MAC):
             self._counters.drop("ethernet_bad_source")
             return
         stack.switch.learn(src, link, now)
@@ -177,9 +178,7 @@ class Ingress:
             original = buffer[packet.header_start : packet.payload_end]
             self._stack.send_error(link, mac, None, original, icmp.PROTOCOL_UNREACHABLE, parameter)
 
-    def _on_icmp6(
-        self, link: Link, mac: bytes, packet: Packet, buffer: memoryview, now: float, *, whole: bool
-    ) -> None:
+    def _on_icmp6(self, link: Link, mac: bytes, packet: Packet, buffer: memoryview, now: float, *, whole: bool) -> None:
         if packet.payload_end - packet.payload_start < 4:
             self._counters.drop("icmp_malformed")
             return
@@ -197,9 +196,7 @@ class Ingress:
 
     # ---- UDP -------------------------------------------------------------------------------------------------------
 
-    def _on_udp(
-        self, link: Link, mac: bytes, packet: Packet, buffer: memoryview, now: float, *, whole: bool
-    ) -> None:
+    def _on_udp(self, link: Link, mac: bytes, packet: Packet, buffer: memoryview, now: float, *, whole: bool) -> None:
         datagram = parse_udp(buffer, packet.payload_start, packet.payload_end)
         if datagram is None:
             self._counters.drop("udp_bad_length")
@@ -258,8 +255,8 @@ class Ingress:
         flow = stack.flows.tcp.get(key)
         flags = segment.flags
         if flags & (SYN | ACK | RST) == SYN and flow is not None:
-            # RFC 9293 3.10.7.4: in TIME-WAIT a SYN beyond what we have seen opens anew. CONNECTING: the guest gave up on
-            # its first attempt and begins another one.
+            # RFC 9293 3.10.7.4: in TIME-WAIT a SYN beyond what we have seen opens anew. CONNECTING: the guest gave up
+            # on its first attempt and begins another one.
             if (flow.state == TIME_WAIT and seq_gt(segment.seq, flow.rcv_nxt)) or flow.is_superseded_by(segment.seq):
                 flow.abort(now, "superseded", tell_guest=False)
                 flow = None

@@ -136,7 +136,11 @@ class NdpResponder:
             self._initial_left -= 1
             wait = min(wait, MAX_INITIAL_INTERVAL)
         self.due_at = now + wait
-        return [self._advertise(ALL_NODES, multicast_mac(ALL_NODES))]
+        return [self.advertisement()]
+
+    def advertisement(self) -> NdpMessage:
+        """Give the advertisement to all guests as the settings are now."""
+        return self._advertise(ALL_NODES, multicast_mac(ALL_NODES))
 
     def announce(self, now: float) -> None:
         """Make the news known to all guests soon: settings changed, or a link came up."""

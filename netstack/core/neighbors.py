@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 # A MAC that has been silent for so long loses an address that was never leased (Linux: gc_stale_time, 60 s).
 _STALE = 60.0
 
-# RFC 1122 2.3.2.1: at most one ARP request a second for one address; RFC 4861 10: MAX_UNICAST_SOLICIT 3, RETRANS_TIMER 1 s.
+# RFC 1122 2.3.2.1: at most one ARP request a second for one address; RFC 4861 10: MAX_UNICAST_SOLICIT 3, RETRANS_TIMER
+# 1 s.
 _ASK_INTERVAL = 1.0
 _ASKS = 4
 
@@ -102,7 +103,7 @@ class Neighbors:
             del self._table[address]
 
     def admit(self, link: Link, mac: bytes, address: bytes, now: float) -> Neighbor | None:
-        """The neighbor that may send from this address: this MAC on this link. None when another one owns it. Untrusted."""
+        """The neighbor that may send from this address: this MAC on this link. None when it is another's. Untrusted."""
         neighbor = self._table.get(address)
         if neighbor is not None and neighbor.mac == mac and neighbor.link is link:
             neighbor.seen_at = now
@@ -186,7 +187,11 @@ class Neighbors:
             return
         resolution = self._resolutions.get(address)
         if resolution is None:
-            if len(self._resolutions) >= _RESOLUTIONS or address == BROADCAST4 or not self._addresses.in_subnet(address):
+            if (
+                len(self._resolutions) >= _RESOLUTIONS
+                or address == BROADCAST4
+                or not self._addresses.in_subnet(address)
+            ):
                 resolved(None, now)
                 return
             resolution = self._resolutions[address] = _Resolution(self, address)

@@ -111,7 +111,10 @@ class Host(Protocol):
         """An unconnected UDP socket of the family of `address`, bound to `port` where free, else to any port."""
 
     def open_ping(self, address: bytes) -> DatagramSocket:
-        """A ping socket (SOCK_DGRAM, IPPROTO_ICMP or ICMPV6) of the family of `address`. Raises PermissionError where forbidden."""
+        """A ping socket (SOCK_DGRAM, IPPROTO_ICMP or ICMPV6) of the family of `address`.
+
+        Raises PermissionError where the host forbids them.
+        """
 
 
 class Link(Protocol):
@@ -119,7 +122,9 @@ class Link(Protocol):
 
     name: str
     mtu: int  # the largest IP packet that may be sent over it
-    prefix: int  # bytes that stand before each Ethernet frame in the buffers given to queue_*: length prefix, vnet header
+    prefix: (
+        int  # bytes that stand before each Ethernet frame in the buffers given to queue_*: length prefix, vnet header
+    )
     backlog: int  # bytes queued and not yet taken by the kernel
     congested: bool  # TCP flows stop reading from the host; the link calls on_drained() of its waiters later
     # The first 12 bytes (both MACs) of frames that need no look at the switch: sent to the gateway by a guest that is
@@ -137,7 +142,7 @@ class Link(Protocol):
         """Fill buffer[:prefix] for a frame of frame_length bytes."""
 
     def queue_frame(self, head: Buffer, payload: Buffer | None = None) -> None:
-        """Queue one frame: `head` begins with the prefix; `payload` is its tail and must not change until acknowledged."""
+        """Queue one frame: `head` begins with the prefix; `payload` is its tail and must not change until it is sent."""
 
     def queue_burst(self, frames: NDArray[uint8]) -> None:
         """Queue k frames of equal length: a C-contiguous (k, prefix + frame length) matrix."""

@@ -29,7 +29,8 @@ PROTOCOL_TCP = 6
 # Linux' default (net.ipv4.ip_default_ttl), so that a guest cannot tell the gateway from a router close by.
 _TTL = 64
 
-# version+IHL 1 | TOS 1 | total length 2 | identification 2 | flags+offset 2 | TTL 1 | protocol 1 | checksum 2 | addresses 8
+# version+IHL 1 | TOS 1 | total length 2 | identification 2 | flags+offset 2 | TTL 1 | protocol 1 | checksum 2 |
+# addresses 8
 _IPV4 = struct.Struct("!BBHHHBBH4s4s")
 # total length 2 | identification 2 | flags+offset 2 | TTL 1 | protocol 1 | checksum 2, at offset 2 of the IPv4 header
 _IPV4_VARIABLE = struct.Struct("!HHHBBH")
@@ -53,7 +54,7 @@ class SegmentWriter:
     __slots__ = ("_head", "_ip_at", "_ip_sum", "_link", "_pseudo", "_tcp_at", "ipv6", "overhead")
 
     def __init__(self, link: Link, dst_mac: bytes, src_mac: bytes, src: bytes, dst: bytes, ports: int) -> None:
-        """`ports` is source port << 16 | destination port, of the segments to be sent (the peer's, then the guest's)."""
+        """`ports` is source port << 16 | destination port of the segments to be sent: the peer's, the guest's."""
         self._link = link
         self.ipv6 = len(src) == 16
         self._ip_at = link.prefix + 14
@@ -70,9 +71,7 @@ class SegmentWriter:
         self._pseudo = checksum.sum_words(src) + checksum.sum_words(dst) + PROTOCOL_TCP + ports
         self.overhead = len(self._head) - link.prefix  # bytes of headers in front of the payload in each frame
 
-    def send(
-        self, seq: int, ack: int, flags: int, window: int, payload: Buffer = b"", options: bytes = b""
-    ) -> None:
+    def send(self, seq: int, ack: int, flags: int, window: int, payload: Buffer = b"", options: bytes = b"") -> None:
         """Queue one segment on the link. `options` is a multiple of 4 bytes, `payload` at most what the MSS allows.
 
         The payload must not change until the guest acknowledged it: the link may keep a reference.

@@ -7,15 +7,15 @@ The rim calls, and the stack never waits:
     receive_frames(link, buffer, spans, now)   a link read a batch of frames into its buffer
     handler.on_ready(events, now)              the poller found a host socket ready; flows are handlers themselves
     handle_timers(now)                         the deadline of next_deadline() has come
-    end_wakeup(now)                            the rim is about to sleep: late ACKs go out, links are flushed
+    end_round(now)                             a round of the poller is over: links are flushed
 
 A batch is what one read of a link gave. Its frames are only looked at one after the other; each flow that they touch
 is in `touched` once, and does its work when the batch ends (TcpFlow.finish_batch): one write to the host, one decision
 about an ACK. Views into the link's buffer live no longer than that.
 
 The fast path (`_receive`) takes IPv4 without options and IPv6 without extension headers, TCP, for a flow that exists,
-from a guest that the switch knows on this link. It is one `unpack_from` over Ethernet, IP and TCP, one dict look-up, one
-call. The two MACs are unpacked as integers of 8 and 4 bytes and compared with those of the last frame that took the
+from a guest that the switch knows on this link. It is one `unpack_from` over Ethernet, IP and TCP, one dict look-up,
+one call. The two MACs are unpacked as integers of 8 and 4 bytes and compared with those of the last frame that took the
 slow road (`core.ingress`) and was for us: no bytes objects, no look at the switch. Anything else takes the slow road,
 which is correct for every frame; the fast path may only be left out, never be needed.
 
@@ -43,9 +43,9 @@ from netstack.core.ports import Buffer, Events, Host, HostSocket, Link, Poller, 
 from netstack.core.reassembly import Reassembly, fragment
 from netstack.core.refusals import TCP_PROBLEMS
 from netstack.core.switch import Switch
-from netstack.core.tcp import CLOSED, TcpFlow
+from netstack.core.tcp import TcpFlow
 from netstack.core.tcp_output import CHUNK
-from netstack.core.timers import Timers
+from netstack.core.timers import NEVER, Timers
 from netstack.core.udp import UdpFlows
 from netstack.wire.ethernet import ETHERTYPE_IPV4, ETHERTYPE_IPV6, MIN_FRAME
 from netstack.wire.icmp import NO_ROUTE, Problem, write_error
@@ -60,10 +60,16 @@ if TYPE_CHECKING:
 # MACs 8+4 | ethertype 2 | version+IHL 1 | TOS | total length 2 | identification | flags+offset 2 | TTL | protocol 1 |
 # checksum | both addresses 8 | both ports 4 | SEG.SEQ 4 | SEG.ACK 4 | data offset 1 | flags 1 | SEG.WND 2
 _FRAME4 = struct.Struct("!QIHBxHxxHxBxxQIIIBBH")
-# MACs 8+4 | ethertype 2 | version, class, label | payload length 2 | next header 1 | hop limit | both addresses 32 | TCP
+# MACs 8+4 | ethertype 2 | version, class, label | payload length 2 | next header 1 | hop limit | both addresses 32 |
+# TCP
 _FRAME6 = struct.Struct("!QIHxxxxHBx32sIIIBBH")
 _SMALLEST4 = 54
 _SMALLEST6 = 74
+
+# How long an ACK of less than two full segments waits for data of the host to ride on (delayed ACK, RFC 9293 3.8.6.3,
+# which allows 0.5 s). A request's answer comes within 0.1 ms when its server is on the host; a separate ACK cost a
+# fifth of the round trip. Short, because a guest that uses Nagle's algorithm and writes twice waits for it.
+ACK_DELAY = 0.002
 
 _EVIL = SYN | RST  # flags that never take the fast path: options to read, or the end
 
@@ -80,6 +86,21 @@ class NeighborDiscovery(Protocol):
 
     def on_packet(self, link: Link, mac: bytes, packet: Packet, body: bytes, now: float) -> None: ...
     def solicit(self, address: bytes, link: Link | None) -> None: ...
+
+
+class _LateAcks:
+    """The deadline of the ACKs in stack.ack_later: one for all, so that a request costs no timer of its own."""
+
+    __slots__ = ("heap_at", "stack", "timer_at")
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.timer_at = self.heap_at = NEVER
+
+    def on_timer(self, now: float) -> None:
+        later, self.stack.ack_later = self.stack.ack_later, []
+        for flow in later:
+            flow.send_late_ack()
 
 
 class Stack:
@@ -118,6 +139,7 @@ class Stack:
         self.chunks: list[NDArray[np.uint8]] = []  # such buffers that no flow needs any more
         self.bytes_in_flight = 0
         self.bytes_for_host = 0
+        self._late_acks = _LateAcks(self)
         self._ingress = Ingress(self)
         self._secret = secret
         self._udp_services: dict[int, list[tuple[frozenset[bytes] | None, UdpService]]] = {}
@@ -143,11 +165,12 @@ class Stack:
         if capture is None:
             self._receive(link, buffer, spans, now)
         else:
+            counters.take_note()
             for i in range(0, len(spans), 2):
-                counters.noted = None
                 self._receive(link, buffer, spans[i : i + 2], now)
                 frame = buffer[spans[i] : spans[i + 1]]
-                comment = f"drop: {counters.noted}" if counters.noted else None
+                reason = counters.take_note()
+                comment = f"drop: {reason}" if reason else None
                 capture.frame(link.interface, (frame,), to_guest=False, comment=comment)
         self._end_batch(now)
 
@@ -161,9 +184,22 @@ class Stack:
         for start, end in zip(each, each, strict=True):
             size = end - start
             if size >= _SMALLEST4:
-                high, low, ethertype, version, total, offset, protocol, addresses, ports, seq, ack, data, flags, window = (
-                    unpack4(buffer, start)
-                )
+                (
+                    high,
+                    low,
+                    ethertype,
+                    version,
+                    total,
+                    offset,
+                    protocol,
+                    addresses,
+                    ports,
+                    seq,
+                    ack,
+                    data,
+                    flags,
+                    window,
+                ) = unpack4(buffer, start)
                 if (high == macs_high and low == macs_low) or (high, low) in link.known_macs:
                     if ethertype == 0x0800:
                         if protocol == PROTOCOL_TCP and version == 0x45 and not offset & 0x3FFF:
@@ -215,14 +251,10 @@ class Stack:
         self.now = now
         self.timers.run(now)
 
-    def end_wakeup(self, now: float) -> None:
-        """Send the ACKs that waited for something to ride on, and hand all frames to the kernel."""
-        later = self.ack_later
-        if later:
-            self.ack_later = []
-            for flow in later:
-                if flow.ack_due and flow.state != CLOSED:
-                    flow.send_ack()
+    def end_round(self, now: float) -> None:
+        """Hand all queued frames to the kernel; ACKs that wait for data to ride on get their deadline."""
+        if self.ack_later and self._late_acks.timer_at == NEVER:
+            self.timers.arm(self._late_acks, now + ACK_DELAY)
         self.flush()
 
     def flush(self) -> None:
@@ -258,7 +290,9 @@ class Stack:
 
     # ---- toward guests ---------------------------------------------------------------------------------------------
 
-    def send_frame(self, link: Link, dst_mac: bytes, ethertype: int, packet: Buffer, tail: Buffer | None = None) -> None:
+    def send_frame(
+        self, link: Link, dst_mac: bytes, ethertype: int, packet: Buffer, tail: Buffer | None = None
+    ) -> None:
         """One Ethernet frame from the gateway; `tail` must not change any more."""
         prefix = link.prefix
         head = bytearray(prefix)
@@ -451,8 +485,8 @@ class Stack:
     ) -> None:
         """Open a connection toward a guest for `sock`, as if from peer:peer_port.
 
-        on_opened(flow, 0) when the guest accepted. On failure on_opened(None or the flow, errno), and the socket has been
-        reset. Nothing is read from the socket before.
+        on_opened(flow, 0) when the guest accepted. On failure on_opened(None or the flow, errno), and the socket has
+        been reset. Nothing is read from the socket before.
         """
 
         def resolved(neighbor: Neighbor | None, now: float) -> None:
@@ -481,4 +515,3 @@ class Stack:
         events = self.events
         if events is not None and events.debug:
             events.flow_closed("tcp", *flow.endpoints(), why, flow.bytes_from_guest, flow.bytes_to_guest)
-

@@ -7,9 +7,9 @@ Rule 2: nothing here waits, and nothing here raises for what a guest sends.
 Theory of operation
 -------------------
 A flow stands between two TCPs: the guest's, to which it is a real endpoint with the RFC's variables, and the host
-kernel's, which it uses through a non-blocking socket. It holds no data that either of them could hold: segments from the
-guest are gathered during a batch and written to the socket in one call when the batch ends; data for the guest is read
-from the socket only when the guest's window has room for it, and stays referenced until acknowledged.
+kernel's, which it uses through a non-blocking socket. It holds no data that either of them could hold: segments from
+the guest are gathered during a batch and written to the socket in one call when the batch ends; data for the guest is
+read from the socket only when the guest's window has room for it, and stays referenced until acknowledged.
 
 A guest opens (SYN): the flow is CONNECTING, which is SYN-RECEIVED with the SYN-ACK held back until the host's connect()
 succeeded, so that a refused port is refused and a black hole is a black hole. The host opens (a forward): SYN-SENT.
@@ -17,16 +17,16 @@ succeeded, so that a refused port is refused and a black hole is a black hole. T
     CONNECTING --connect() ok, SYN-ACK--> SYN_RECEIVED --ACK--> ESTABLISHED
     SYN_SENT --SYN-ACK--> ESTABLISHED
     ESTABLISHED --end of file from the host, FIN--> FIN_WAIT_1 --ACK of FIN--> FIN_WAIT_2 --guest's FIN--> TIME_WAIT
-    ESTABLISHED --guest's FIN, shutdown(SHUT_WR)--> CLOSE_WAIT --end of file from the host, FIN--> LAST_ACK --ACK--> CLOSED
-    FIN_WAIT_1 --guest's FIN--> CLOSING --ACK of FIN--> TIME_WAIT
+    ESTABLISHED --guest's FIN, shutdown(SHUT_WR)--> CLOSE_WAIT --end of file from the host, FIN--> LAST_ACK --ACK-->
+    CLOSED FIN_WAIT_1 --guest's FIN--> CLOSING --ACK of FIN--> TIME_WAIT
 
 A batch: `on_segment` is called for each segment and only moves variables; `finish_batch` then writes to the host, frees
 what was acknowledged, sends what the new window allows, and decides about at most one ACK. An ACK of less than two full
-segments waits until the wakeup ends, so that an answer that is already on its way carries it.
+segments waits up to `stack.ACK_DELAY`, so that the answer of the host carries it.
 
-Timers: `rtx_at` (retransmission, zero-window probe, handshake) and `idle_at` (keep-alive, TIME-WAIT); the earlier one is
-in `core.timers`. There is no congestion control toward the guest: the link does not lose frames by itself, and a guest
-that drops them is served by retransmission (RFC 6298, RFC 5681 section 3.2, RFC 6582).
+Timers: `rtx_at` (retransmission, zero-window probe, handshake) and `idle_at` (keep-alive, TIME-WAIT); the earlier one
+is in `core.timers`. There is no congestion control toward the guest: the link does not lose frames by itself, and a
+guest that drops them is served by retransmission (RFC 6298, RFC 5681 section 3.2, RFC 6582).
 
 Urgent data is data (RFC 6093 advises applications against more). Sequence numbers are compared modulo 2**32: a
 difference below 2**31 means "not before".
@@ -64,8 +64,8 @@ HALF = 0x80000000
 
 _CONTROL = FIN | SYN | RST | ACK
 
-# RFC 9293 3.4.2 has an MSL of two minutes for the internet. Frames on a virtual wire do not linger: nothing older than a
-# second can arrive, so 2 MSL is 2 s; a new SYN with a higher sequence number ends it at once (RFC 9293 3.10.7.4).
+# RFC 9293 3.4.2 has an MSL of two minutes for the internet. Frames on a virtual wire do not linger: nothing older than
+# a second can arrive, so 2 MSL is 2 s; a new SYN with a higher sequence number ends it at once (RFC 9293 3.10.7.4).
 TIME_WAIT_SECONDS = 2.0
 
 # How many segments out of order are kept, and how many duplicate ACKs one batch may answer them with (RFC 5681: three
@@ -95,6 +95,7 @@ class TcpFlow:
         "_dup_acks_due",
         "_keepalive_probes",
         "ack_due",
+        "ack_listed",
         "acked",
         "batch",
         "bytes_from_guest",
@@ -205,7 +206,7 @@ class TcpFlow:
         self.to_host_bytes = 0
         self.guest_fin = False
         self.out_of_order: list[tuple[int, bytes]] | None = None
-        self.touched = self.acked = self.ack_due = False
+        self.touched = self.acked = self.ack_due = self.ack_listed = False
         self._dup_acks_due = 0
         self.dup_acks = 0
         self.in_recovery = False
@@ -231,9 +232,9 @@ class TcpFlow:
         self._watch(WRITABLE)
 
     def open_to_guest(self, sock: HostSocket, on_opened: Callable[[TcpFlow, int], None] | None, now: float) -> None:
-        """Active OPEN toward the guest for `sock`, a connection that the host has; on_opened(flow, errno) tells its end.
+        """Active OPEN toward the guest for `sock`, a connection that the host has.
 
-        Nothing is read from the host before the guest answered.
+        on_opened(flow, errno) tells how it ended. Nothing is read from the host before the guest answered.
         """
         self._attach(sock)
         self.on_opened = on_opened
@@ -340,7 +341,7 @@ class TcpFlow:
         now: float,
         options: TcpOptions | None = None,
     ) -> None:
-        """Take one segment, its payload at buffer[start:end]; `options` come with SYN only. Untrusted: any value is safe."""
+        """Take one segment, its payload at buffer[start:end]; `options` come with SYN only. Untrusted."""
         if not self.touched:
             self.touched = True
             self.stack.touched.append(self)
@@ -611,7 +612,8 @@ class TcpFlow:
         elif self.ack_due:
             if (self.rcv_nxt - self.last_ack) & M >= 2 * self.mss:
                 tcp_output.send_ack(self)
-            else:
+            elif not self.ack_listed:
+                self.ack_listed = True
                 self.stack.ack_later.append(self)
 
     # ---- to the host -----------------------------------------------------------------------------------------------
@@ -800,7 +802,7 @@ class TcpFlow:
         self.writer.send(0, self.rcv_nxt, RST | ACK, 0)
 
     def is_superseded_by(self, seq: int) -> bool:
-        """Whether a new SYN means that the guest began again: its first attempt got no answer, and this is no copy of it."""
+        """Whether a new SYN means that the guest began again: the first got no answer, and this is no copy of it."""
         return self.state == CONNECTING and seq != self.irs
 
     # ---- the guest's link ------------------------------------------------------------------------------------------
@@ -815,7 +817,7 @@ class TcpFlow:
         self.mss = min(self.mss, tcp_output.recv_mss(self) & ~3)
 
     def on_link_lost(self, now: float) -> None:
-        """The guest's link is gone. Unless it comes back within LINK_GRACE the flow ends, and the host's peer hears it."""
+        """The guest's link is gone. Unless it comes back within LINK_GRACE the flow ends, and the peer hears it."""
         if self.state in (CONNECTING, SYN_SENT, SYN_RECEIVED):
             self.abort(now, "link lost", tell_guest=False)
             return
@@ -823,9 +825,11 @@ class TcpFlow:
         self.idle_at = min(self.idle_at, now + LINK_GRACE)
         self._arm()
 
-    def send_ack(self) -> None:
-        """The ACK that waited for the end of the wakeup."""
-        tcp_output.send_ack(self)
+    def send_late_ack(self) -> None:
+        """Nothing took the ACK along."""
+        self.ack_listed = False
+        if self.ack_due and self.state != CLOSED:
+            tcp_output.send_ack(self)
 
     def endpoints(self) -> tuple[str, str]:
         """The guest's and the peer's end, for people."""

@@ -5,8 +5,8 @@ Everything here works on a `TcpFlow` and changes none of its states (see `core.t
 Theory of operation
 -------------------
 `pump` reads from the host what the guest's window takes, in one call, and sends it at once as segments; the bytes read
-stay referenced in `flow.rtx` until acknowledged, which is the retransmission buffer. Nothing is read that cannot be sent,
-so the host's own window closes when the guest's does.
+stay referenced in `flow.rtx` until acknowledged, which is the retransmission buffer. Nothing is read that cannot be
+sent, so the host's own window closes when the guest's does.
 
 What limits one read: the guest's window; SND_MAXIMUM; the stack's budget for bytes in flight, of which each flow gets a
 share of what is left (so that 20,000 flows whose guest never acknowledges cost the budget and not more); the link's
@@ -17,8 +17,8 @@ Loss: three duplicate ACKs, or the retransmission timer (RFC 6298), resend the s
 partial acknowledgement resends the next one (RFC 6582), up to what had been sent when the loss was noticed.
 
 A zero window is probed with an empty segment at SND.UNA - 1, as Linux does (tcp_write_wakeup): outside the guest's
-window, so it must answer with an ACK and its window (RFC 9293 3.10.7.4). RFC 9293 3.8.6.1 would send a byte of data; that
-byte would have to be read from the host first. Probes go on for as long as the guest answers them.
+window, so it must answer with an ACK and its window (RFC 9293 3.10.7.4). RFC 9293 3.8.6.1 would send a byte of data;
+that byte would have to be read from the host first. Probes go on for as long as the guest answers them.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ ECONNREFUSED = errno.ECONNREFUSED
 
 M = 0xFFFFFFFF
 
-# Windows toward us. A guest's SYN meets at most 65,535 (RFC 7323 2.2); the limit doubles with each batch that fills half
-# of it, up to RCV_MAXIMUM. 8 MiB overflowed a tap queue of 1,000 frames and cost 25 times the throughput, 1 MiB did not
-# (measured).
+# Windows toward us. A guest's SYN meets at most 65,535 (RFC 7323 2.2); the limit doubles with each batch that fills
+# half of it, up to RCV_MAXIMUM. 8 MiB overflowed a tap queue of 1,000 frames and cost 25 times the throughput, 1 MiB
+# did not (measured).
 RCV_INITIAL = 65535
 RCV_MAXIMUM = 1 << 20
 RCV_SHIFT = 8  # a window of 16 MiB can be said, in steps of 256 bytes
@@ -54,16 +54,16 @@ SND_MAXIMUM = 4 << 20
 # the work of one wakeup.
 CHUNK = 1 << 18
 
-# Chunks kept for the next read: new memory costs a page fault for every 4 KiB (98,000 a gigabyte, a fifth of the CPU time
-# of a transfer to a guest, measured), memory used a moment ago is in the cache.
+# Chunks kept for the next read: new memory costs a page fault for every 4 KiB (98,000 a gigabyte, a fifth of the CPU
+# time of a transfer to a guest, measured), memory used a moment ago is in the cache.
 _POOLED = 32
 
 # Above this MSS a segment is worth a sendmsg() entry of its own, and copying it into a burst is not.
 _BURST_MSS = 9000
 _BURST_MINIMUM = 4
 
-# RFC 6298 2.1 and 2.4: one second before the first measurement, and SHOULD NOT be below one second. Over a virtual wire a
-# second is an age: Linux' TCP_RTO_MIN of 200 ms is used, which covers the guest's delayed ACKs (40 to 200 ms).
+# RFC 6298 2.1 and 2.4: one second before the first measurement, and SHOULD NOT be below one second. Over a virtual
+# wire a second is an age: Linux' TCP_RTO_MIN of 200 ms is used, which covers the guest's delayed ACKs (40 to 200 ms).
 RTO_INITIAL = 1.0
 _RTO_MINIMUM = 0.2
 _RTO_MAXIMUM = 60.0
@@ -78,10 +78,11 @@ _BUDGET_RETRY = 0.1
 
 
 def send_mss(flow: TcpFlow, offered: int | None) -> int:
-    """The largest payload of a segment to this guest: its MSS option, or the default of RFC 9293 3.7.1, and the link's."""
+    """The largest payload of a segment to this guest: its MSS option (or RFC 9293 3.7.1's default), and the link's."""
     ipv6 = flow.writer.ipv6
     mss = min(offered or (1220 if ipv6 else 536), flow.link.mtu - (60 if ipv6 else 40))
-    # RFC 9293 has no lower bound; Linux's TCP_MIN_SND_MSS is 48, less would let a guest make us send header after header.
+    # RFC 9293 has no lower bound; Linux's TCP_MIN_SND_MSS is 48, less would let a guest make us send header after
+    # header.
     mss = max(mss, 48)
     return mss & ~3  # bursts are summed in words of four bytes
 
@@ -281,10 +282,11 @@ def on_acked(flow: TcpFlow, now: float) -> None:
             break
         rtx.popleft()
         freed += n
-        chunk = view.obj
+        chunk: object = view.obj
         if type(chunk) is np.ndarray and len(pool) < _POOLED:
             # The guest has all of it, so it may be overwritten. A retransmission of it that still waits in the link's
-            # queue would be garbage then: it lies before the guest's RCV.NXT and is dropped there as it would be anyway.
+            # queue would be garbage then: it lies before the guest's RCV.NXT and is dropped there as it would be
+            # anyway.
             pool.append(chunk)
     stack.bytes_in_flight -= freed
     if flow.rtt_at and (una - flow.rtt_seq) & M < 0x80000000:

@@ -11,8 +11,8 @@ Theory of operation
     leases   writes the leases to disk, soon after they changed
     api      serves the HTTP API, once asked for
 
-The first two do all the work on frames; they never wait for anything else. When the block ends, what is in flight gets a
-second to arrive, guests' connections are reset, and every socket and file is closed.
+The first two do all the work on frames; they never wait for anything else. When the block ends, what is in flight gets
+a second to arrive, guests' connections are reset, and every socket and file is closed.
 """
 
 from __future__ import annotations

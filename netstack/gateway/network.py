@@ -22,19 +22,21 @@ from netstack.core.stack import Stack
 from netstack.core.tcp import TcpFlow
 from netstack.gateway.links import Links
 from netstack.gateway.names import DnsService
-from netstack.gateway.services import AddressServices, build_services
+from netstack.gateway.services import AddressServices, build_services, wall_clock
 from netstack.gateway.settings import choose_addresses, open_capture, static_leases
 from netstack.gateway.status import statistics_of
-from netstack.host import state
+from netstack.host import state, subnets
 from netstack.host.poller import HostPoller
 from netstack.host.sockets import HostSockets
 from netstack.vde.attachment import Attachment
 from netstack.vde.link import BaseLink
 from netstack.wire.ethernet import format_mac
 
+# How often the host's IPv6 default route is looked for: a small file to read, and guests may be late by that much.
+_ROUTE_INTERVAL = 5.0
+
 # How long after a change the leases are written: a boot makes several.
 _SAVE_DELAY = 0.5
-
 
 
 class Network:
@@ -90,6 +92,7 @@ class Network:
         """Begin to serve, and attach the links of the settings."""
         self._nursery.start_soon(self._run_poller)
         self._nursery.start_soon(self._run_timers)
+        self._nursery.start_soon(self._run_route_watch)
         if self.config.state.dir is not None:
             self._nursery.start_soon(self._run_lease_saver, self.config.state.dir / "leases.json")
         for link in self.config.link:
@@ -153,7 +156,7 @@ class Network:
     # ---- tasks -----------------------------------------------------------------------------------------------------
 
     async def _run_poller(self) -> None:
-        await self._poller.run(self.stack.end_wakeup, self._on_crash)
+        await self._poller.run(self.stack.end_round, self._on_crash)
 
     async def _run_timers(self) -> None:
         stack = self.stack
@@ -169,8 +172,14 @@ class Network:
                     stack.handle_timers(now)
                 except Exception as error:
                     self._report(error, "timer")
-                stack.end_wakeup(now)
+                stack.end_round(now)
                 await trio.lowlevel.checkpoint()
+
+    async def _run_route_watch(self) -> None:
+        """Whether the host reaches the IPv6 world changes with its networks; guests are told."""
+        while True:
+            await trio.sleep(_ROUTE_INTERVAL)
+            self.services.set_router(subnets.has_ipv6_default_route(), time.monotonic())
 
     def _on_earlier(self, deadline: float) -> None:
         self._timer_due.set()
@@ -215,7 +224,8 @@ class Network:
     def _on_lease(self, what: str, lease: Lease) -> None:
         if what in ("bound", "declined", "released"):
             self.log.info(
-                f"lease {what}",
+                "lease",
+                what=what,
                 guest=lease.name or format_mac(lease.mac),
                 mac=format_mac(lease.mac),
                 address=str(ipaddress.ip_address(lease.address)),
@@ -232,13 +242,15 @@ class Network:
         if data is None:
             return
         now = time.monotonic()
-        skipped = lease_records.read_leases(leases, data, now, time.time())
+        skipped = lease_records.read_leases(leases, data, now, wall_clock())
+        if skipped:
+            self.log.warning("leases left out: unreadable, or not of this network", file=str(path), entries=skipped)
         self._leases_saved = leases.version
 
     def _save_leases(self, path: Path) -> None:
         self._leases_saved = self.leases.version
         now = time.monotonic()
-        state.write_json(path, lease_records.write_leases(self.leases, now, time.time()))
+        state.write_json(path, lease_records.write_leases(self.leases, now, wall_clock()))
 
     # ---- what is running -------------------------------------------------------------------------------------------
 

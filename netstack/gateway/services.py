@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from netstack.core.dhcp import DhcpServer
 from netstack.core.dhcpv6 import Dhcpv6Server
-from netstack.core.ndp import NdpMessage, NdpResponder
 from netstack.core.leases import LeaseTable
+from netstack.core.ndp import NdpMessage, NdpResponder
 from netstack.core.ports import Datagram, Link
 from netstack.core.sntp import SntpServer
 from netstack.core.timers import NEVER
@@ -41,12 +41,15 @@ _NDP_HOP_LIMIT = 255  # RFC 4861 6.1.1: proof that it comes from the wire itself
 class AddressServices:
     """DHCP, DHCPv6 and discovery for all links of one stack."""
 
-    def __init__(self, stack: Stack, dhcp: DhcpServer, dhcpv6: Dhcpv6Server, ndp: NdpResponder, sntp: SntpServer) -> None:
+    def __init__(
+        self, stack: Stack, dhcp: DhcpServer, dhcpv6: Dhcpv6Server, ndp: NdpResponder, sntp: SntpServer
+    ) -> None:
         self.dhcp = dhcp
         self.dhcpv6 = dhcpv6
         self.ndp = ndp
         self.sntp = sntp
         self._stack = stack
+        self._mtu = dhcp.mtu
         self.timer_at = self.heap_at = NEVER
         stack.discovery = self
         stack.register_udp(DHCP_SERVER_PORT, self._on_dhcp)
@@ -92,7 +95,7 @@ class AddressServices:
 
     def on_packet(self, link: Link, mac: bytes, packet: Packet, body: bytes, now: float) -> None:
         """Router or neighbor discovery from a guest. Untrusted."""
-        self._link = link
+        self.ndp.mtu = min(self._mtu, link.mtu)
         for message in self.ndp.on_icmp6(packet.src, packet.dst, packet.ttl, body, mac, now):
             self._send(link, message)
         self._rearm(now)
@@ -115,10 +118,11 @@ class AddressServices:
                 self._stack.neighbors.ask(lease.address6, link)
 
     def on_timer(self, now: float) -> None:
-        """The periodic advertisement, on every link."""
-        for message in self.ndp.on_timer(now):
+        """The periodic advertisement, on every link with the MTU of that link."""
+        if self.ndp.on_timer(now):
             for link in tuple(self._stack.switch.links):
-                self._send(link, message)
+                self.ndp.mtu = min(self._mtu, link.mtu)
+                self._send(link, self.ndp.advertisement())
         self._rearm(now)
 
     def _rearm(self, now: float) -> None:
@@ -145,16 +149,28 @@ class AddressServices:
                 datagram.link, datagram.mac, datagram.dst, NTP_PORT, datagram.src, datagram.src_port, payload
             )
 
-
     def set_search(self, search: Sequence[str]) -> None:
-        """Change the search domains that guests are told."""
-        self.dhcp.search = self.dhcpv6.search = self.ndp.search = search
+        """Change the search domains that guests are told: the host's, then our own, in which guests have names."""
+        domains = (*(domain for domain in search if domain != DOMAIN), DOMAIN)
+        self.dhcp.search = self.dhcpv6.search = self.ndp.search = domains
+
+    def set_router(self, is_router: bool, now: float) -> None:
+        """Whether the host has a route to the IPv6 world; guests hear of a change soon."""
+        if is_router != self.ndp.is_router:
+            self.ndp.is_router = is_router
+            self.ndp.announce(now)
+            self._rearm(now)
+
+
+def wall_clock() -> float:
+    """Seconds since 1970 by the host's clock: what guests are told, and what a file keeps over a restart."""
+    return time.time()
 
 
 def build_services(stack: Stack, leases: LeaseTable, *, mtu: int, search: Sequence[str]) -> AddressServices:
     """The servers of one network, as its addresses and settings ask for."""
     addresses = stack.addresses
-    return AddressServices(
+    services = AddressServices(
         stack,
         DhcpServer(
             leases,
@@ -177,5 +193,7 @@ def build_services(stack: Stack, leases: LeaseTable, *, mtu: int, search: Sequen
             search=search,
             is_router=subnets.has_ipv6_default_route(),
         ),
-        SntpServer(time.time),
+        SntpServer(wall_clock),
     )
+    services.set_search(search)
+    return services

@@ -51,4 +51,4 @@ def open_capture(config: Config, log: Log) -> Capture | None:
     """The pcapng file of `[pcap]`, or None when none is asked for. Raises OSError."""
     if config.pcap.file is None:
         return None
-    return Capture(config.pcap.file, max_size=config.pcap.max_size, on_warning=lambda message: log.warning(message))
+    return Capture(config.pcap.file, max_size=config.pcap.max_size, on_warning=log.warning)

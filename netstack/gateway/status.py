@@ -62,7 +62,11 @@ def statistics_of(network: Network) -> dict[str, Any]:
             "limit": stack.limits.tcp_flows,
             "list": _flows(network, now),
         },
-        "counters": stack.counters.as_dict(),
+        "counters": stack.counters.as_dict()
+        | network.services.dhcp.counters
+        | network.services.dhcpv6.counters
+        | network.services.sntp.counters
+        | network.dns.server.counters,
         "drops": dict(sorted(stack.counters.drops.items())),
     }
 

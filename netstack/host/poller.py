@@ -4,8 +4,8 @@ Theory of operation
 -------------------
 A trio task per socket would cost a trio turn per ready socket, some 5 us each; one nested poller costs one turn for all
 (design law 1). So links and host sockets are all registered here, trio waits for the poller's own descriptor to be
-readable, and `poll(0)` then gives everything that is ready. What one round did often makes the next one ready (a request
-goes out, its answer is there 20 us later), so several rounds are made before going back to trio.
+readable, and `poll(0)` then gives everything that is ready. What one round did often makes the next one ready (a
+request goes out, its answer is there 20 us later), so several rounds are made before going back to trio.
 
 Work is bounded: a handler does a bounded amount in one call, a wakeup makes ROUNDS rounds, and then trio and its other
 tasks have their turn.

@@ -1,10 +1,10 @@
 """A real virtual machine for tests: QEMU, Debian's kernel, and a shell that does what the test says.
 
-Theory of operation.  QEMU gets two serial ports.  The kernel's messages go from the first one into a file; on the
-second one a shell reads commands and writes their output, so that the two never mix.  That port, and QEMU's monitor
-(QMP), are socket pairs made before QEMU starts: there is no path to wait for and nothing that QEMU says is lost.  A
+Theory of operation. QEMU gets two serial ports. The kernel's messages go from the first one into a file; on the
+second one a shell reads commands and writes their output, so that the two never mix. That port, and QEMU's monitor
+(QMP), are socket pairs made before QEMU starts: there is no path to wait for and nothing that QEMU says is lost. A
 command travels with a marker of its own, which the shell prints, with the exit status, after the command's output;
-everything up to the marker is the output.  Every wait has a deadline, and when one passes the error shows the
+everything up to the marker is the output. Every wait has a deadline, and when one passes the error shows the
 kernel's last messages.
 
 The harness is plain synchronous code: the tests run netstack as a program of its own, as users do, and wait for one
@@ -53,7 +53,7 @@ class Result(NamedTuple):
 
 @functools.cache
 def find_qemu() -> str:
-    """The path of QEMU for this machine.  Raises LabUnavailableError when there is none."""
+    """The path of QEMU for this machine. Raises LabUnavailableError when there is none."""
     path = shutil.which("qemu-system-x86_64")
     if path is None:
         raise LabUnavailableError("no qemu-system-x86_64; install it with: sudo apt-get install qemu-system-x86")
@@ -109,7 +109,7 @@ class Guest:
     """A booted virtual machine.
 
     `folder` receives its files: console.log (the kernel), shell.log (every command and its output), qemu.log, and a
-    pcap of each card.  Use it as a context manager; on entry it has booted and the shell answers.
+    pcap of each card. Use it as a context manager; on entry it has booted and the shell answers.
     """
 
     def __init__(
@@ -124,8 +124,8 @@ class Guest:
     ) -> None:
         """Prepare a guest with `memory` MiB.
 
-        `capture`: bytes of each frame for the pcap, None for no pcap.  `prefix`: the words before QEMU's command, to run it
-        in a namespace.
+        `capture`: bytes of each frame for the pcap, None for no pcap. `prefix`: the words before QEMU's command, to run
+        it in a namespace.
         """
         self.folder = folder
         self._append = append
@@ -223,7 +223,7 @@ class Guest:
         return Result(status, text)
 
     def check(self, command: str, timeout: float = 30.0) -> str:
-        """Run a command that has to succeed; return its output.  Raises GuestError with the output when it does not."""
+        """Run a command that has to succeed; return its output. Raises GuestError with the output when it does not."""
         status, output = self.run(command, timeout)
         if status != 0:
             raise GuestError(f"in the guest: {command!r} ended with status {status}:\n{output}")
@@ -243,7 +243,7 @@ class Guest:
             self.check(f"echo {piece} | base64 -d >>{shlex.quote(path)}")
 
     def wait_for(self, command: str, timeout: float = 20.0) -> str:
-        """Run a command again and again until it succeeds; return its output.  Raises GuestError after `timeout`."""
+        """Run a command again and again until it succeeds; return its output. Raises GuestError after `timeout`."""
         deadline = time.monotonic() + timeout
         while True:
             status, output = self.run(command, timeout)
@@ -254,7 +254,7 @@ class Guest:
             time.sleep(0.1)
 
     def monitor(self, command: str, **arguments: object) -> Any:
-        """Give QEMU's monitor (QMP) a command; return its answer.  Raises GuestError when it refuses."""
+        """Give QEMU's monitor (QMP) a command; return its answer. Raises GuestError when it refuses."""
         request: dict[str, object] = {"execute": command}
         if arguments:
             request["arguments"] = {name.replace("_", "-"): value for name, value in arguments.items()}

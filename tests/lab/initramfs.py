@@ -1,13 +1,13 @@
 """An initial RAM file system for test guests, made of the files of the Debian machine that runs the tests.
 
-Theory of operation.  A guest needs a kernel and a userland.  The kernel is Debian's own from /boot with its modules
+Theory of operation. A guest needs a kernel and a userland. The kernel is Debian's own from /boot with its modules
 from /lib/modules; the userland is busybox-static, plus a few dynamic programs (iperf3, curl, dhclient, ping and the
-very Python that runs the tests), each copied with the libraries that `ldd` names.  Nothing is downloaded and nothing
+very Python that runs the tests), each copied with the libraries that `ldd` names. Nothing is downloaded and nothing
 is installed: one cpio archive of some 40 MiB is the whole machine, and it is up in about two seconds even without
 KVM.
 
 The archive is kept in a cache directory under a name made of everything that went into it, so that it is built again
-when any of it changes, and only then.  The same inputs give the same bytes.
+when any of it changes, and only then. The same inputs give the same bytes.
 
 Sources: Linux Documentation/driver-api/early-userspace/buffer-format.rst (the "newc" cpio format) and
 Documentation/filesystems/ramfs-rootfs-initramfs.rst; depmod(8) for modules.dep.
@@ -29,6 +29,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+# Where scripts/setup-debian.sh unpacks a kernel on a machine whose own boot it must not change, and where we keep ours.
+UNPACKED_KERNEL = ROOT / ".cache" / "kernel"
+CACHE = ROOT / ".cache" / "lab"
 
 # What the drivers of a guest's network card need; what they depend on is added from modules.dep, and what a kernel has
 # built in is left out.
@@ -74,20 +78,21 @@ class Kernel(NamedTuple):
 
 @functools.cache
 def find_kernel() -> Kernel:
-    """The kernel for the guests: Debian's cloud kernel if it is there, else any other that can be read.
+    """The kernel for the guests: one unpacked by the set-up, else Debian's cloud kernel, else any that can be read.
 
     Raises LabUnavailableError with what is missing and how to mend it.
     """
-    images = sorted(Path("/boot").glob("vmlinuz-*"), key=lambda image: ("-cloud-" not in image.name, image.name))
     unreadable = []
-    for image in images:
-        version = image.name.removeprefix("vmlinuz-")
-        modules = Path("/lib/modules") / version
-        if not (modules / "modules.dep").is_file():
-            continue
-        if os.access(image, os.R_OK):
-            return Kernel(version, image, modules)
-        unreadable.append(image)
+    for root in (UNPACKED_KERNEL, Path("/")):
+        images = (root / "boot").glob("vmlinuz-*")
+        for image in sorted(images, key=lambda image: ("-cloud-" not in image.name, image.name)):
+            version = image.name.removeprefix("vmlinuz-")
+            modules = root / "lib" / "modules" / version
+            if not (modules / "modules.dep").is_file():
+                continue
+            if os.access(image, os.R_OK):
+                return Kernel(version, image, modules)
+            unreadable.append(image)
     if unreadable:
         raise LabUnavailableError(
             f"the kernel {unreadable[0]} can be read by root only; mend it with: sudo chmod a+r {unreadable[0]}"
@@ -256,7 +261,7 @@ class Builder:
         return write_cpio(contents, {path: entry.mode for path, entry in self.entries.items()})
 
 
-# -I and -S keep the machine's site-packages out; the guest has one purpose.  The hash of an unchecked .pyc is never
+# -I and -S keep the machine's site-packages out; the guest has one purpose. The hash of an unchecked .pyc is never
 # compared, so that no time stamp has to survive the archive.
 LIST_MODULES = """
 import importlib, importlib._bootstrap_external as external, json, marshal, sys
@@ -347,20 +352,13 @@ def read_module(path: Path) -> bytes:
     return content
 
 
-def cache_folder() -> Path:
-    """Where built archives are kept: the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "netstack" / "lab"
-
-
-def build_initramfs(kernel: Kernel | None = None, folder: Path | None = None) -> Path:
+def build_initramfs(kernel: Kernel | None = None, folder: Path = CACHE) -> Path:
     """The path of an archive for `kernel` (default: find_kernel()), built when the cache has none like it.
 
     Raises LabUnavailableError with what is missing and how to mend it.
     """
     builder = Builder()
     builder.build(kernel or find_kernel())
-    folder = folder or cache_folder()
     path = folder / f"initramfs-{builder.fingerprint()}.cpio"
     if path.is_file():
         path.touch()  # newest: the last to be thrown away

@@ -1,15 +1,15 @@
 """Network namespaces for tests: a small internet that begins and ends on this machine.
 
-Theory of operation.  A namespace lives as long as a process is in it: each one here is held by a `cat` that reads a
-pipe from the test, and ends with it, however the test ends.  So there is no name under /run/netns that could clash
-with another run's, and nothing to clean up after a crash.  Where the tests do not run as root, the namespaces belong
+Theory of operation. A namespace lives as long as a process is in it: each one here is held by a `cat` that reads a
+pipe from the test, and ends with it, however the test ends. So there is no name under /run/netns that could clash
+with another run's, and nothing to clean up after a crash. Where the tests do not run as root, the namespaces belong
 to a new user namespace, in which they are root.
 
     host      where netstack runs: 198.51.100.1, 2001:db8:1::1, its own loopback, its own /etc/resolv.conf
     router    one hop away: 198.51.100.254, 2001:db8:1::ff; answers for addresses that cannot be reached
     far       behind the router: 203.0.113.1, 2001:db8:2::1
 
-No link leads out of these three: that is the point, and World.check_isolation() proves it.  The addresses are those set
+No link leads out of these three: that is the point, and World.check_isolation() proves it. The addresses are those set
 aside for documentation (RFC 5737, RFC 3849), so that even a mistake reaches nobody.
 
 Sources: namespaces(7), user_namespaces(7), nsenter(1), ip-link(8).
@@ -110,7 +110,7 @@ class Namespace:
     def run(
         self, *command: str | Path, check: bool = True, timeout: float = 30.0, stdin: str | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command in here to its end; what it wrote is in the result.  With `check`, raise when it fails."""
+        """Run a command in here to its end; what it wrote is in the result. With `check`, raise when it fails."""
         outcome = subprocess.run(
             [*self.words(), *command], input=stdin, capture_output=True, text=True, timeout=timeout, check=False
         )
@@ -122,7 +122,7 @@ class Namespace:
         return outcome
 
     def popen(self, *command: str | Path, **options: Any) -> subprocess.Popen[Any]:
-        """Start a command in here; the pid of the result is the command's own.  Options as for subprocess.Popen."""
+        """Start a command in here; the pid of the result is the command's own. Options as for subprocess.Popen."""
         return subprocess.Popen([*self.words(), *command], **options)
 
     def ip(self, *words: str | int) -> str:
@@ -169,7 +169,7 @@ def connect_namespaces(left: Namespace, left_name: str, right: Namespace, right_
 
 
 class World:
-    """The host where netstack runs, a router one hop away, and a far machine behind it.  See the module's picture."""
+    """The host where netstack runs, a router one hop away, and a far machine behind it. See the module's picture."""
 
     def __init__(self, *, ping: bool = True, ipv6_route: bool = True) -> None:
         """`ping`: the host allows ping sockets; `ipv6_route`: it has an IPv6 default route."""

@@ -1,14 +1,14 @@
 """A tap device in a network namespace, carried over QEMU's stream framing: the Linux kernel as a guest at native speed.
 
-Theory of operation.  A kernel needs no virtual machine to be a guest: a tap device in a namespace of its own hands
-over whole Ethernet frames just as virtio-net does.  This program opens such a tap (without a virtio-net header, so
+Theory of operation. A kernel needs no virtual machine to be a guest: a tap device in a namespace of its own hands
+over whole Ethernet frames just as virtio-net does. This program opens such a tap (without a virtio-net header, so
 that, as on QEMU's stream socket, the kernel segments and computes its checksums itself), connects to the unix socket
 where netstack, passt or any other back-end listens for QEMU, and copies frames both ways, each with QEMU's four-byte
 big-endian length in front.
 
 It is two processes, one for each direction, because each then only ever blocks on its own source and they share
-neither a loop nor an interpreter lock.  A frame costs one system call on the tap, which has no call for several; on
-the socket's side, as many frames as are ready travel in one.  The payload is never copied by Python: a frame is read
+neither a loop nor an interpreter lock. A frame costs one system call on the tap, which has no call for several; on
+the socket's side, as many frames as are ready travel in one. The payload is never copied by Python: a frame is read
 behind the room for its length, and a received batch is written from where it lies.
 
 It stands alone (standard library only), so that benchmarks may start it with any interpreter:
@@ -54,7 +54,7 @@ BATCH = 1 << 20  # bytes gathered before they are sent: some 16 frames of MTU 65
 
 
 def enter_namespace(path: str) -> None:
-    """Move this thread to the network namespace at `path`.  `os.setns` only exists from Python 3.12 on."""
+    """Move this thread to the network namespace at `path`. `os.setns` only exists from Python 3.12 on."""
     libc = ctypes.CDLL(None, use_errno=True)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -5,6 +5,7 @@ Run as a program it serves, on every address named, until its standard input end
     HTTP  port 80    GET /              a page
                      GET /bytes/N       N bytes of the pattern (tests/lab/rootfs/pattern.py)
                      GET /headers       the request's headers, as JSON
+                     GET /boot.ipxe     a script for iPXE
                      PUT, POST          answers with the SHA-256 and the number of the bytes received, as JSON
     TCP   port 7     echo, until the sender has closed its half; then closes
           port 9     reads and says nothing
@@ -14,7 +15,7 @@ Run as a program it serves, on every address named, until its standard input end
           port 13    says who asks
 
 It writes a line of JSON for each request, connection and datagram to standard output, which class Servers gathers, so
-that a test can say what arrived at the host, and not only what the guest believes.  Threads and the standard library
+that a test can say what arrived at the host, and not only what the guest believes. Threads and the standard library
 only: what serves the tests should have nothing in common with what they test.
 
 class Resolver runs dnsmasq with the names of the zone example.test.
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = b"<title>netstack lab</title>\nHello, guest.\n"
+IPXE_SCRIPT = b"#!ipxe\necho The script from ${net0/dns} runs as ${net0/ip}\n"
 _PRINTING = threading.Lock()
 
 
@@ -58,7 +60,7 @@ def report(event: str, peer: tuple[Any, ...], **facts: object) -> None:
 
 
 class HttpHandler(BaseHTTPRequestHandler):
-    """The web server's answers.  HTTP/1.1, so that connections are kept."""
+    """The web server's answers. HTTP/1.1, so that connections are kept."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = 0
@@ -72,6 +74,8 @@ class HttpHandler(BaseHTTPRequestHandler):
                 self.wfile.write(block)
         elif kind == "headers":
             self.send_body("application/json", json.dumps(dict(self.headers.items())).encode())
+        elif kind == "boot.ipxe":
+            self.send_body("text/plain", IPXE_SCRIPT)
         elif kind == "":
             self.send_body("text/html", PAGE)
         else:

@@ -1,6 +1,6 @@
 """Real sockets in a namespace from within a test, and the core's datagram flows upon them.
 
-A thread may leave its process's network namespace by itself (setns(2)), and a socket stays in the one where it was made.
+A thread may leave its process's network namespace by itself (setns(2)), and a socket stays where it was made.
 So a test opens its sockets in a thread that has entered the namespace, and uses them like any others.
 """
 
@@ -11,6 +11,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from threading import Thread
 from typing import TypeVar
 
@@ -34,7 +35,7 @@ def call_inside(namespace: Namespace, function: Callable[[], T]) -> T:
 
     def run() -> None:
         try:
-            with open(namespace.path) as file:
+            with Path(namespace.path).open() as file:
                 if libc.setns(file.fileno(), CLONE_NEWNET):
                     raise OSError(ctypes.get_errno(), "setns")
             results.append(function())
@@ -79,8 +80,8 @@ class RealStack(FakeStack):
         host: Host = InsideHost(namespace)
         super().__init__(host)
 
-    def pump(self, condition: Callable[[], object], what: str) -> None:
-        """Serve the sockets, as the rim would, until the condition holds."""
+    def pump(self, condition: Callable[[], object], what: str, *, again: Callable[[], None] | None = None) -> None:
+        """Serve the sockets, as the rim would, until the condition holds; `again` is done when nothing comes."""
         deadline = time.monotonic() + DEADLINE
         while not condition():
             poll = select.poll()
@@ -88,8 +89,11 @@ class RealStack(FakeStack):
                 poll.register(fd, events)
             left = deadline - time.monotonic()
             assert left > 0, f"waited {DEADLINE} s in vain: {what}"
-            for fd, events in poll.poll(left * 1000):
+            happened = poll.poll(left * 1000 if again is None else 200)
+            for fd, events in happened:
                 self.poller.ready(fd, time.monotonic(), events)
+            if not happened and again is not None:
+                again()
 
 
 def echo_socket(namespace: Namespace, family: socket.AddressFamily, address: str, port: int = 0) -> socket.socket:
@@ -110,9 +114,13 @@ def packed(address: str) -> bytes:
 
 def wait_readable(sock: DatagramSocket, events: int = select.POLLIN) -> int:
     """What poll() says of the socket when one of the events, or an error, is there."""
-    poll = select.poll()
-    poll.register(sock.fileno(), events)
-    [(_, happened)] = poll.poll(DEADLINE * 1000)
+    happened = is_ready(sock, events, DEADLINE)
+    assert happened, f"waited {DEADLINE} s in vain"
     return happened
 
 
+def is_ready(sock: DatagramSocket, events: int, timeout: float) -> int:
+    """The same; 0 when nothing happened in time."""
+    poll = select.poll()
+    poll.register(sock.fileno(), events)
+    return next((happened for _, happened in poll.poll(timeout * 1000)), 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Iterator
+from typing import Self
 
 import pytest
 
@@ -38,6 +39,13 @@ def open_inside(world: World, version: int) -> HostDatagramSocket:
     return call_inside(world.host, lambda: open_ping(names, packed(FAR[version])))
 
 
+@pytest.fixture
+def sock(world: World, version: int) -> Iterator[HostDatagramSocket]:
+    sock = open_inside(world, version)
+    yield sock
+    sock.close()
+
+
 def request(version: int, sequence: int, payload: bytes = b"payload") -> bytes:
     if version == 4:
         return write_echo(0x1234, sequence, payload, reply=False)
@@ -46,8 +54,7 @@ def request(version: int, sequence: int, payload: bytes = b"payload") -> bytes:
 
 @VERSIONS
 @pytest.mark.parametrize("far", (False, True), ids=("loopback", "far"))
-def test_request_and_reply(world: World, version: int, far: bool) -> None:
-    sock = open_inside(world, version)
+def test_request_and_reply(sock: HostDatagramSocket, version: int, far: bool) -> None:
     address = packed(FAR[version] if far else {4: "127.0.0.1", 6: "::1"}[version])
     sock.send_to(request(version, 7), address, 0, 64, True)
     wait_readable(sock)
@@ -57,12 +64,10 @@ def test_request_and_reply(world: World, version: int, far: bool) -> None:
     reply = bytes(buffer[:length])
     assert reply[0] == (0 if version == 4 else 129)
     assert reply[6:] == b"\0\7payload"
-    sock.close()
 
 
 @VERSIONS
-def test_time_exceeded_comes_with_the_request(world: World, version: int) -> None:
-    sock = open_inside(world, version)
+def test_time_exceeded_comes_with_the_request(sock: HostDatagramSocket, version: int) -> None:
     sock.send_to(request(version, 9), packed(FAR[version]), 0, 1, True)
     assert wait_readable(sock, 0) & select.POLLERR
     error = sock.receive_error()
@@ -71,7 +76,6 @@ def test_time_exceeded_comes_with_the_request(world: World, version: int) -> Non
     assert (error.icmp_type, error.icmp_code) == ((11, 0) if version == 4 else (3, 0))
     assert error.payload[0] == (8 if version == 4 else 128)
     assert error.payload[6:] == b"\0\x09payload"
-    sock.close()
 
 
 @VERSIONS
@@ -102,75 +106,75 @@ class Guest:
             assert parsed6 is not None
             self.icmp.on_icmp6(self.link, MAC, parsed6, packet, now)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.icmp.close_all(time.monotonic())
 
 
 @VERSIONS
 def test_a_guest_pings_the_world(world: World, version: int) -> None:
-    guest = Guest(world, version)
-    far = packed(FAR[version])
-    for sequence in range(3):
-        guest.ping(far, sequence, b"x" * 1000)
-        guest.ping(far, sequence, b"other", ident=0x4321)
-    guest.stack.pump(lambda: len(guest.stack.packets) == 6, "six replies")
-    at = 20 if version == 4 else 40
-    replies = sorted((packet[at + 4 : at + 8], packet[at + 8 :]) for packet in guest.stack.taken())
-    assert replies == [
-        (ident + bytes((0, sequence)), payload)
-        for ident, payload in ((b"\x12\x34", b"x" * 1000), (b"\x43\x21", b"other"))
-        for sequence in range(3)
-    ]
-    assert not guest.stack.drops
-    guest.close()
+    with Guest(world, version) as guest:
+        far = packed(FAR[version])
+        for sequence in range(3):
+            guest.ping(far, sequence, b"x" * 1000)
+            guest.ping(far, sequence, b"other", ident=0x4321)
+        guest.stack.pump(lambda: len(guest.stack.packets) == 6, "six replies")
+        at = 20 if version == 4 else 40
+        replies = sorted((packet[at + 4 : at + 8], packet[at + 8 :]) for packet in guest.stack.taken())
+        assert replies == [
+            (ident + bytes((0, sequence)), payload)
+            for ident, payload in ((b"\x12\x34", b"x" * 1000), (b"\x43\x21", b"other"))
+            for sequence in range(3)
+        ]
+        assert not guest.stack.drops
 
 
 @VERSIONS
 def test_traceroute_with_echo_requests(world: World, version: int) -> None:
-    guest = Guest(world, version)
-    far = packed(FAR[version])
-    for ttl in (1, 2, 3):
-        guest.ping(far, ttl, ttl=ttl)
-    guest.stack.pump(lambda: len(guest.stack.errors) == 2 and guest.stack.packets, "three answers")
-    first, second = guest.stack.taken_errors()
-    assert (first.src, first.problem) == (None, TTL_EXCEEDED)
-    assert second.src == packed(ROUTER[version])
-    at = 20 if version == 4 else 40
-    # What is quoted carries the guest's identifier, so that the guest's traceroute knows its probe.
-    assert second.written is not None
-    quoted = second.written[at + 8 + at :]
-    assert quoted[4:] == b"\x12\x34\0\2payload"
-    [reply] = guest.stack.taken()
-    assert reply[at + 4 :] == b"\x12\x34\0\3payload"
-    guest.close()
+    with Guest(world, version) as guest:
+        far = packed(FAR[version])
+        for ttl in (1, 2, 3):
+            guest.ping(far, ttl, ttl=ttl)
+        guest.stack.pump(lambda: len(guest.stack.errors) == 2 and guest.stack.packets, "three answers")
+        first, second = guest.stack.taken_errors()
+        assert (first.src, first.problem) == (None, TTL_EXCEEDED)
+        assert second.src == packed(ROUTER[version])
+        at = 20 if version == 4 else 40
+        # What is quoted carries the guest's identifier, so that the guest's traceroute knows its probe.
+        assert second.written is not None
+        quoted = second.written[at + 8 + at :]
+        assert quoted[4:] == b"\x12\x34\0\2payload"
+        [reply] = guest.stack.taken()
+        assert reply[at + 4 :] == b"\x12\x34\0\3payload"
 
 
 @VERSIONS
 def test_an_unreachable_host_is_reported_by_its_router(world: World, version: int) -> None:
-    guest = Guest(world, version)
-    guest.ping(packed(UNREACHABLE[version]), 1)
-    guest.stack.pump(lambda: guest.stack.errors, "unreachable")
-    [error] = guest.stack.taken_errors()
-    assert error.src == packed(ROUTER[version])
-    assert error.problem[0] == 3 if version == 4 else error.problem[2] == 1
-    guest.ping(packed(FAR[version]), 2)  # and the flow goes on
-    guest.stack.pump(lambda: guest.stack.packets, "a reply")
-    guest.close()
+    with Guest(world, version) as guest:
+        # Again and again: Linux, as a router, says so once a second at most (net.ipv4.route.error_cost).
+        guest.stack.pump(
+            lambda: guest.stack.errors, "unreachable", again=lambda: guest.ping(packed(UNREACHABLE[version]), 1)
+        )
+        error, *_ = guest.stack.taken_errors()
+        assert error.src == packed(ROUTER[version])
+        assert error.problem[0] == 3 if version == 4 else error.problem[2] == 1
+        guest.ping(packed(FAR[version]), 2)  # and the flow goes on
+        guest.stack.pump(lambda: guest.stack.packets, "a reply")
 
 
 @VERSIONS
 def test_a_guest_finds_the_path_mtu_with_pings(world: World, version: int) -> None:
-    guest = Guest(world, version)
-    guest.ping(packed(FAR[version]), 1, bytes(1430))
-    guest.stack.pump(lambda: guest.stack.errors, "too big")
-    assert guest.stack.taken_errors()[0].parameter == FAR_MTU
-    guest.close()
+    with Guest(world, version) as guest:
+        guest.ping(packed(FAR[version]), 1, bytes(1430))
+        guest.stack.pump(lambda: guest.stack.errors, "too big")
+        assert guest.stack.taken_errors()[0].parameter == FAR_MTU
 
 
 @VERSIONS
 def test_a_host_that_forbids_pings_says_prohibited(version: int) -> None:
-    with World(ping=False) as world:
-        guest = Guest(world, version)
+    with World(ping=False) as world, Guest(world, version) as guest:
         for sequence in range(3):
             guest.ping(packed(FAR[version]), sequence)
         assert [error.problem for error in guest.stack.taken_errors()] == [PROHIBITED] * 3
@@ -179,4 +183,3 @@ def test_a_host_that_forbids_pings_says_prohibited(version: int) -> None:
         world.allow_ping(True)  # no restart is needed
         guest.ping(packed(FAR[version]), 4)
         guest.stack.pump(lambda: guest.stack.packets, "a reply")
-        guest.close()

@@ -136,8 +136,9 @@ def test_extension_headers_are_walked(headers: tuple[tuple[int, bytes], ...]) ->
         assert cut is None or cut.payload_end == 40 + length >= cut.payload_start
 
 
-def test_no_next_header() -> None:
-    parsed = parse(packet(DESTINATION, protocol=ipv6.NO_NEXT_HEADER, payload=b""))
+@pytest.mark.parametrize("header", (HOP_BY_HOP, DESTINATION, ATOMIC))
+def test_no_next_header(header: tuple[int, bytes]) -> None:
+    parsed = parse(packet(header, protocol=ipv6.NO_NEXT_HEADER, payload=b""))
     assert parsed is not None
     assert parsed.protocol == ipv6.NO_NEXT_HEADER
     assert parsed.payload_start == parsed.payload_end
@@ -185,9 +186,11 @@ def test_a_fragment_cannot_end_beyond_the_largest_payload() -> None:
         (packet(DESTINATION, HOP_BY_HOP), "hop-by-hop options that do not come first"),
         (packet(HOP_BY_HOP, HOP_BY_HOP), "hop-by-hop options twice"),
         (packet((0, bytes.fromhex("00 c204 00010000"))), "a jumbo payload option"),
-        (packet((60, bytes.fromhex("00 8004 00000000"))), "an unknown option that asks to be refused"),
+        (packet((60, bytes.fromhex("00 4004 00000000"))), "an unknown option that asks to be discarded"),
+        (packet((60, bytes.fromhex("00 8004 00000000"))), "an unknown option that asks for an error as well"),
         (packet((60, bytes.fromhex("00 0105 00000000"))), "an option that ends beyond its header"),
         (packet((60, bytes.fromhex("00 0102 0000 0001"))), "an option without a length"),
+        (packet((60, bytes.fromhex("00 0102 0000 0001")), protocol=59, payload=b""), "such at the packet's end"),
         (packet((60, bytes.fromhex("02 0104 00000000"))), "an extension header beyond the packet"),
         (packet((51, bytes.fromhex("ff 0000 00000001"))), "an authentication header beyond the packet"),
         (packet(*[DESTINATION] * 9), "nine extension headers"),

@@ -1,6 +1,6 @@
 """Bytes that both ends can make without having been sent them, and in which every block knows its place.
 
-A block that is lost, doubled, moved or damaged on the way changes the SHA-256 of the whole.  Used in the guest and by
+A block that is lost, doubled, moved or damaged on the way changes the SHA-256 of the whole. Used in the guest and by
 the servers on the host.
 """
 

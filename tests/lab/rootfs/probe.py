@@ -1,7 +1,7 @@
 """What a guest tries out for a test: a program that does one thing with the network and prints what it found as JSON.
 
-It runs inside the guest, on the Python of the machine that runs the tests.  `probe.py WHAT ARGUMENTS`; the names
-below are the whats.  An error of the network is a finding too: `{"error": "ECONNREFUSED", ...}`.
+It runs inside the guest, on the Python of the machine that runs the tests. `probe.py WHAT ARGUMENTS`; the names
+below are the whats. An error of the network is a finding too: `{"error": "ECONNREFUSED", ...}`.
 """
 
 from __future__ import annotations
@@ -46,12 +46,24 @@ def probe_read(host: str, port: str) -> dict[str, Any]:
     return {"text": received.decode(errors="replace")}
 
 
-def probe_udp(host: str, port: str, length: str, count: str = "1", wait: str = "5") -> dict[str, Any]:
+def probe_reset(host: str, port: str) -> dict[str, Any]:
+    """Connect, send something, and break the connection off with a RST."""
+    connection = open_tcp(host, port)
+    connection.sendall(b"goodbye")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+    return {"reset": True}
+
+
+def probe_udp(
+    host: str, port: str, length: str, count: str = "1", wait: str = "5", source_port: str = "0"
+) -> dict[str, Any]:
     """Send datagrams of the pattern one after the other, each when the answer to the last has come."""
     payload = pattern(int(length))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     lost, times, text = 0, [], ""
     with socket.socket(family, socket.SOCK_DGRAM) as sender:
+        sender.bind(("", int(source_port)))
         sender.connect((host, int(port)))
         sender.settimeout(float(wait))
         for _ in range(int(count)):
@@ -188,6 +200,42 @@ def probe_sntp(server: str) -> dict[str, Any]:
         "offset": ((clock[0] - sent) + (clock[1] - arrived)) / 2,
         "time": clock[1],
     }
+
+
+def probe_router(device: str = "eth0") -> dict[str, Any]:
+    """Solicit a router advertisement; tell what it says (RFC 4861 4.2, RFC 8106)."""
+    index = socket.if_nametoindex(device)
+    with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as asker:
+        asker.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index)
+        asker.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+        asker.settimeout(5)
+        asker.sendto(struct.pack(">BBHI", 133, 0, 0, 0), ("ff02::2", 0, 0, index))  # the kernel sets the checksum
+        while (message := asker.recv(2048))[0] != 134:
+            pass
+    found: dict[str, Any] = {"prefixes": [], "dns": [], "search": []}
+    _, _, _, found["hops"], found["flags"], found["lifetime"] = struct.unpack_from(">BBHBBH", message)
+    at = 16
+    while at < len(message):
+        kind, units = message[at], message[at + 1]
+        option = message[at : at + units * 8]
+        if kind == 3:
+            found["prefixes"].append(f"{socket.inet_ntop(socket.AF_INET6, option[16:32])}/{option[2]}")
+        elif kind == 5:
+            (found["mtu"],) = struct.unpack_from(">I", option, 4)
+        elif kind == 25:
+            found["dns"] += [
+                socket.inet_ntop(socket.AF_INET6, option[start : start + 16]) for start in range(8, len(option), 16)
+            ]
+        elif kind == 31:
+            labels, start = [], 8
+            while start < len(option) and (size := option[start]):
+                labels.append(option[start + 1 : start + 1 + size].decode())
+                start += 1 + size
+                if not option[start]:
+                    found["search"].append(".".join(labels))
+                    labels, start = [], start + 1
+        at += units * 8
+    return found
 
 
 def probe_many(host: str, port: str, count: str) -> dict[str, Any]:

@@ -1,0 +1,448 @@
+"""Settings: what is taken, what is refused and in which words, and where files go."""
+
+from __future__ import annotations
+
+import tomllib
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from netstack.config import Config, ConfigError, parse_api_uri, parse_link_uri, runtime_directory, state_directory
+from netstack.config.tables import NetworkTable, split_nameserver, subnet6_beside
+from netstack.config.toml_lines import key_lines, line_of
+
+COMPLETE = """\
+# everything that a file may hold
+[network]
+subnet = "10.1.2.0/24"
+subnet6 = "fd12:3456::/64"
+gateway = "10.1.2.1"
+mtu = 1500
+host_loopback = false
+
+[[link]]
+uri = "unix:///run/a.sock"
+name = "First"
+
+[[link]]
+uri = "vde:///run/b.ctl"
+
+[[guest]]
+name = "web"
+mac = "52-54-00-AA-BB-01"
+address = "10.1.2.20"
+address6 = "fd12:3456::20"
+
+[dns]
+nameservers = ["192.0.2.1", "[2001:db8::1]:5353"]
+search = ["Example.COM."]
+
+[pcap]
+file = "guests.pcapng"
+max_size = "100M"
+
+[api]
+listen = ["tcp://127.0.0.1:7070"]
+
+[limits]
+flows = 1000
+link_queue = "1M"
+
+[log]
+level = "debug"
+format = "json"
+
+[state]
+dir = "/var/lib/netstack"
+"""
+
+
+def load(tmp_path: Path, text: str, **flags: Any) -> Config:
+    file = tmp_path / "n.toml"
+    file.write_text(text)
+    return Config.from_flags(file, **flags)
+
+
+def problem(tmp_path: Path, text: str, **flags: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, **flags)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.replace(str(tmp_path), "DIR")
+
+
+def test_a_complete_file(tmp_path: Path) -> None:
+    config = load(tmp_path, COMPLETE)
+    assert config.network.mtu == 1500
+    assert not config.network.host_loopback
+    assert [link.uri for link in config.link] == ["unix:///run/a.sock", "vde:///run/b.ctl"]
+    assert config.link[0].name == "first"
+    assert config.guest[0].mac == "52:54:00:aa:bb:01"
+    assert config.dns.nameservers == ("192.0.2.1", "[2001:db8::1]:5353")
+    assert config.dns.search == ("example.com",)
+    assert config.pcap.file == tmp_path / "guests.pcapng"  # relative to the file
+    assert config.pcap.max_size == 100 << 20
+    assert config.limits.link_queue == 1 << 20
+    assert config.log.level == "debug"
+    assert config.state.dir == Path("/var/lib/netstack")
+    addresses = config.network.addresses()
+    assert str(addresses.gateway) == "10.1.2.1"
+    assert str(addresses.dns) == "10.1.2.3"
+    assert str(addresses.gateway6) == "fd12:3456::2"
+
+
+def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
+    assert load(tmp_path, "") == Config()
+
+
+def test_the_default_addresses_are_those_of_the_documentation() -> None:
+    assert [str(address) for address in Config().network.addresses()] == [
+        "192.168.5.0/24",
+        "192.168.5.2",
+        "192.168.5.3",
+        "192.168.5.15",
+        "fd00:c0a8:5::/64",
+        "fd00:c0a8:5::2",
+        "fd00:c0a8:5::3",
+        "fd00:c0a8:5::15",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("subnet", "gateway", "first_guest", "subnet6"),
+    (
+        ("10.0.0.0/8", "10.0.0.2", "10.0.0.15", "fd00:a00::/64"),
+        ("172.16.9.0/27", "172.16.9.2", "172.16.9.15", "fd00:ac10:9::/64"),
+        ("192.168.5.16/28", "192.168.5.18", "192.168.5.20", "fd00:c0a8:5:10::/64"),
+        ("192.168.5.248/29", "192.168.5.250", "192.168.5.252", "fd00:c0a8:5:f8::/64"),
+    ),
+)
+def test_addresses_in_networks_of_all_sizes(subnet: str, gateway: str, first_guest: str, subnet6: str) -> None:
+    addresses = NetworkTable(subnet=subnet).addresses()
+    assert str(addresses.gateway) == gateway
+    assert str(addresses.first_guest) == first_guest
+    assert addresses.first_guest in addresses.subnet
+    assert str(addresses.subnet6) == subnet6
+
+
+def test_auto_takes_the_network_it_is_given() -> None:
+    addresses = NetworkTable().addresses(IPv4Network("192.168.6.0/24"))
+    assert str(addresses.dns) == "192.168.6.3"
+    assert addresses.subnet6 == IPv6Network("fd00:c0a8:6::/64")
+    assert subnet6_beside(IPv4Network("192.168.6.0/24")) == addresses.subnet6
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    (
+        ("[network]\nmtu = 99999\n", "DIR/n.toml:2: network.mtu: 99999 must be 65520 or less"),
+        ("[network]\n\nmtu = 1279\n", "DIR/n.toml:3: network.mtu: 1279 must be 1280 or more"),
+        ("[network]\nmtu = 'big'\n", "DIR/n.toml:2: network.mtu: big must be a whole number"),
+        ("[network]\nmtuu = 3", "DIR/n.toml:2: unknown key 'mtuu' in network; did you mean mtu?"),
+        ("\n[netwrk]\nmtu = 3", "DIR/n.toml:2: unknown key 'netwrk' in the file; did you mean network?"),
+        ("[log]\nzzz = 3", "DIR/n.toml:2: unknown key 'zzz' in log; it takes level, format"),
+        ("network = 3", "DIR/n.toml:1: network: 3 must be a table"),
+        ("[link]\nuri = 'fd://3'", "must be a list of tables; write [[link]]"),
+        ("[[link]]\nname = 'a'", "DIR/n.toml:1: link[1].uri is missing"),
+        ("[network]\nsubnet = '10.1.2.0'", "DIR/n.toml:2: network.subnet: 10.1.2.0 says no length; write 10.1.2.0/24"),
+        ("[network]\nsubnet = '10.1.2.3/24'", "is an address in a network; write 10.1.2.0/24"),
+        ("[network]\nsubnet = '10.1.2.0/30'", "too small"),
+        ("[network]\nsubnet = '127.0.0.0/8'", "cannot be a guest's network"),
+        ("[network]\nsubnet = '224.0.0.0/8'", "cannot be a guest's network"),
+        ("[network]\nsubnet = 'fd00::/64'", "must be auto, or a network such as 192.168.5.0/24"),
+        ("[network]\nsubnet6 = 'fd00::/48'", "must be a /64"),
+        ("[network]\nsubnet6 = 'fe80::/64'", "cannot be a guest's network"),
+        ("[network]\ngateway = '10.0.0.1'", "DIR/n.toml:2: network.gateway needs network.subnet to be named too"),
+        (
+            "[network]\nsubnet = '10.0.0.0/24'\ngateway = '10.0.0.255'",
+            ":3: network.gateway: 10.0.0.255 is no free",
+        ),
+        (
+            "[[link]]\nuri = 'fd://3'\n[[link]]\nuri = 'unix:b'",
+            ":4: link[2].uri: unix:b: write an absolute path",
+        ),
+        ("[[link]]\nuri = 'fd://3'\n[[link]]\nuri = 'fd://3'", "DIR/n.toml:4: link[2].uri: fd://3 is there twice"),
+        ("[[guest]]\nname = 'a.b'\nmac = '52:54:00:00:00:01'", "DIR/n.toml:2: guest[1].name: a.b must be a host name"),
+        (
+            "[[guest]]\nname = 'a'\nmac = '53:54:00:00:00:01'",
+            ":3: guest[1].mac: 53:54:00:00:00:01 is a group's",
+        ),
+        ("[[guest]]\nname = 'a'\nmac = '52540000001'", "must be a MAC address"),
+        (
+            "[[guest]]\nname = 'a'\nmac = '52:54:00:00:00:01'\naddress = '192.168.5.20'",
+            "DIR/n.toml:4: guest[1].address needs network.subnet to be named",
+        ),
+        ("[dns]\nnameservers = ['one.one.one.one']", "must be the address of a nameserver"),
+        ("[dns]\nnameservers = ['192.0.2.1:0']", "has the port 0"),
+        ("[dns]\nsearch = ['a b']", "DIR/n.toml:2: dns.search[1]: a b must be a host name"),
+        ("[api]\nlisten = ['tcp://0.0.0.0:80']", "served on loopback only"),
+        ("[pcap]\nmax_size = '1 MB'", "must be a number of bytes, such as 500M"),
+        ("[limits]\nflows = 0", "DIR/n.toml:2: limits.flows: 0 must be 16 or more"),
+        ("[log]\nlevel = 'loud'", "DIR/n.toml:2: log.level: loud must be 'debug', 'info', 'warning' or 'error'"),
+        ("[[publish]]\nx = 1", "DIR/n.toml:1: publish comes with a later version"),
+        ("[proxy]\nx = 1", "DIR/n.toml:1: proxy comes with a later version"),
+        ("[dns]\n[[dns.route]]\nx = 1", "DIR/n.toml:2: dns.route comes with a later version"),
+        ("[dns.hosts]\na = '1.2.3.4'", "DIR/n.toml:1: dns.hosts comes with a later version"),
+        ("a =\n", "DIR/n.toml:1: not TOML: invalid value"),
+        ("a = 1\nb = '''\nx", "DIR/n.toml:3: not TOML: "),
+        ("[a]\n[a]", "DIR/n.toml:2: not TOML: "),
+    ),
+)
+def test_mistakes_are_named_with_their_line(tmp_path: Path, text: str, words: str) -> None:
+    assert words in problem(tmp_path, text)
+
+
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+    file = tmp_path / "n.toml"
+    file.write_bytes(b"a = 1\nb = '\xff'\n")
+    with pytest.raises(ConfigError, match=r"n.toml:2: not UTF-8"):
+        Config.load(file)
+    file.write_bytes(b"#" * (2 << 20))
+    with pytest.raises(ConfigError, match="larger than a megabyte"):
+        Config.load(file)
+    with pytest.raises(ConfigError, match=r"none.toml: No such file or directory; name a readable TOML file"):
+        Config.load(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        Config.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "owner"),
+    (
+        ("mac", "52:54:00:00:00:01", "guest 'a'"),
+        ("name", "A", "guest 'a'"),
+        ("address", "10.0.0.20", "guest 'a'"),
+        ("address6", "fd00::20", "guest 'a'"),
+        ("address", "10.0.0.2", "the gateway"),
+        ("address", "10.0.0.3", "DNS"),
+        ("address", "10.0.0.0", "the network"),
+        ("address", "10.0.0.255", "the network"),
+        ("address6", "fd00::2", "the gateway"),
+    ),
+)
+def test_nothing_belongs_to_two(key: str, value: str, owner: str) -> None:
+    first = {"name": "a", "mac": "52:54:00:00:00:01", "address": "10.0.0.20", "address6": "fd00::20"}
+    second = {"name": "b", "mac": "52:54:00:00:00:02"} | {key: value}
+    with pytest.raises(ConfigError) as caught:
+        Config(network={"subnet": "10.0.0.0/24", "subnet6": "fd00::/64"}, guest=[first, second])
+    assert f"belongs to {owner} already" in str(caught.value)
+    assert caught.value.at == ("guest", 1, key)
+
+
+def test_a_guests_address_must_be_in_the_network() -> None:
+    guest = {"name": "a", "mac": "52:54:00:00:00:01", "address": "10.9.0.20"}
+    with pytest.raises(ConfigError, match=r"guest\[1\].address: 10.9.0.20 is not in 10.0.0.0/24"):
+        Config(network={"subnet": "10.0.0.0/24"}, guest=[guest])
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    config = load(tmp_path, COMPLETE, link=["fd://7"], mtu=9000, log_level="error", pcap="x.pcapng", api=())
+    assert [link.uri for link in config.link] == ["fd://7"]
+    assert config.network.mtu == 9000
+    assert config.network.subnet == "10.1.2.0/24"
+    assert config.log.level == "error"
+    assert config.log.format == "json"
+    assert config.pcap.file == Path("x.pcapng")  # a flag's path is meant from here, as with every program
+    assert config.api.listen == ("tcp://127.0.0.1:7070",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    (
+        ({"mtu": 5}, "--mtu 5 must be 1280 or more"),
+        ({"subnet": "1.2.3"}, "--subnet 1.2.3 must be auto, or a network such as 192.168.5.0/24"),
+        (
+            {"link": ["unix://x"]},
+            "--link unix://x: write an absolute path after three slashes, as in unix:///run/n.sock",
+        ),
+        ({"api": ("tcp://1.2.3.4:5",)}, "--api tcp://1.2.3.4:5: the API is served on loopback only"),
+        ({"log_level": "loud"}, "--log-level loud must be 'debug', 'info', 'warning' or 'error'"),
+    ),
+)
+def test_a_mistake_in_a_flag_names_the_flag(tmp_path: Path, flags: dict[str, Any], words: str) -> None:
+    assert problem(tmp_path, "[log]\nlevel = 'info'\n", **flags).startswith(words)
+
+
+def test_built_directly() -> None:
+    config = Config(network=NetworkTable(mtu=1500), link=[{"uri": "fd://3"}])
+    assert config.network.mtu == 1500
+    with pytest.raises(ConfigError, match=r"^network.mtu: 1 must be 1280 or more$"):
+        Config(network={"mtu": 1})
+    with pytest.raises(ValidationError):
+        config.link = ()
+
+
+def test_what_a_service_gets_besides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("netstack.config.runtime_directory", lambda: tmp_path / "run")
+    monkeypatch.setattr("netstack.config.state_directory", lambda: tmp_path / "state")
+    bare = Config().for_service()
+    assert [link.uri for link in bare.link] == [f"unix://{tmp_path}/run/qemu.sock"]
+    assert [spec.path for spec in bare.api_listeners()] == [f"{tmp_path}/run/api.sock"]
+    assert bare.state.dir == tmp_path / "state"
+    given = Config(link=[{"uri": "fd://3"}], api={"listen": ["tcp://[::1]:0"]}, state={"dir": "/s"}).for_service()
+    assert [link.uri for link in given.link] == ["fd://3"]
+    assert [spec.uri for spec in given.api_listeners()] == [f"unix://{tmp_path}/run/api.sock", "tcp://[::1]:0"]
+    assert given.state.dir == Path("/s")
+    assert Config(api={"listen": ["none"]}).for_service().api_listeners() == ()
+    assert Config().api_listeners() == ()
+
+
+# ---- link and API addresses ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uri", "fields"),
+    (
+        ("unix:///run/n.sock", {"scheme": "unix", "path": "/run/n.sock"}),
+        ("unix:///run/a%20b", {"scheme": "unix", "path": "/run/a b"}),
+        ("connect+unix:///q", {"scheme": "connect+unix", "path": "/q"}),
+        ("tcp://127.0.0.1:5555", {"scheme": "tcp", "host": "127.0.0.1", "port": 5555}),
+        ("tcp://[::1]:0", {"scheme": "tcp", "host": "::1", "port": 0}),
+        ("connect+tcp://localhost:1", {"scheme": "connect+tcp", "host": "localhost", "port": 1}),
+        ("fd://3", {"scheme": "fd", "fd": 3}),
+        ("vde:///run/n.ctl", {"scheme": "vde", "path": "/run/n.ctl"}),
+    ),
+)
+def test_link_uris(uri: str, fields: dict[str, Any]) -> None:
+    spec = parse_link_uri(uri)
+    assert spec.uri == uri
+    assert {name: getattr(spec, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    (
+        ("", "is not the address of a link"),
+        ("/run/n.sock", "has no scheme; write unix:///run/n.sock"),
+        ("unix:/run/n.sock", "write an absolute path after three slashes"),
+        ("unix://n.sock", "write an absolute path after three slashes"),
+        ("unix:///a%00b", "write an absolute path"),
+        ("unix:///" + "a" * 103, "a socket takes 103"),
+        ("vde:///" + "a" * 90, "a socket takes 87"),
+        ("unix:///a?b=c", "take no options"),
+        ("tcp://:80", "'' is not an IP address"),
+        ("tcp://1.2.3.4", "write an address and a port"),
+        ("tcp://::1:80", "write an address and a port"),
+        ("tcp://example.com:80", "'example.com' is not an IP address"),
+        ("tcp://1.2.3.4:65536", "above 65535"),
+        ("connect+tcp://127.0.0.1:0", "port 0 is no port to connect to"),
+        ("fd://x", "the number of an open file descriptor"),
+        ("fd://²", "the number of an open file descriptor"),
+        ("fd://-1", "the number of an open file descriptor"),
+        ("tap://tap0", "are not supported yet"),
+        ("vhost-user:///v", "are not supported yet"),
+        ("stdio:", "are not supported yet"),
+        ("http://x", "unknown kind of link 'http'"),
+    ),
+)
+def test_bad_link_uris(uri: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_link_uri(uri)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_api_uris() -> None:
+    assert parse_api_uri("unix:///run/api.sock").path == "/run/api.sock"
+    assert parse_api_uri("tcp://localhost:80")[2:] == ("127.0.0.1", 80)
+    assert parse_api_uri("tcp://[::1]:80")[2:] == ("::1", 80)
+    for wrong in ("http://127.0.0.1:80", "127.0.0.1:80", "tcp://192.168.1.1:80", "tcp://127.0.0.1"):
+        with pytest.raises(ConfigError):
+            parse_api_uri(wrong)
+
+
+def test_nameserver_addresses() -> None:
+    assert split_nameserver("192.0.2.1") == ("192.0.2.1", 53)
+    assert split_nameserver("192.0.2.1:5353") == ("192.0.2.1", 5353)
+    assert split_nameserver("2001:db8::1") == ("2001:db8::1", 53)
+    assert split_nameserver("[2001:db8::1]:5353") == ("2001:db8::1", 5353)
+
+
+# ---- directories ---------------------------------------------------------------------------------------------------
+
+
+def test_the_runtime_directory_is_made_and_private(tmp_path: Path) -> None:
+    place = runtime_directory({"XDG_RUNTIME_DIR": str(tmp_path)})
+    assert place == tmp_path / "netstack"
+    assert place.stat().st_mode & 0o777 == 0o700
+    assert runtime_directory({"XDG_RUNTIME_DIR": str(tmp_path)}) == place
+
+
+def test_a_runtime_directory_that_others_can_write_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "netstack").mkdir()
+    (tmp_path / "netstack").chmod(0o777)
+    with pytest.raises(ConfigError, match="only you can write to"):
+        runtime_directory({"XDG_RUNTIME_DIR": str(tmp_path)})
+    (tmp_path / "netstack").rmdir()
+    (tmp_path / "netstack").symlink_to("/")
+    with pytest.raises(ConfigError, match="only you can write to"):
+        runtime_directory({"XDG_RUNTIME_DIR": str(tmp_path)})
+    with pytest.raises(ConfigError, match="No such file"):
+        runtime_directory({"XDG_RUNTIME_DIR": str(tmp_path / "gone")})
+    with pytest.raises(ConfigError, match="absolute"):
+        runtime_directory({"XDG_RUNTIME_DIR": "relative"})
+
+
+def test_the_state_directory_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/u")
+    assert state_directory({"XDG_STATE_HOME": "/s"}) == Path("/s/netstack")
+    assert state_directory({"XDG_STATE_HOME": "s"}) == Path("/home/u/.local/state/netstack")
+    assert state_directory({}) == Path("/home/u/.local/state/netstack")
+
+
+# ---- the lines of a TOML text --------------------------------------------------------------------------------------
+
+TRICKY = '''\
+a = 1 # [not]
+"b.c" = "[[no]] # no"
+d.e = [
+  1, # ]
+  "]",
+]
+
+[t."x y"]
+s = """
+[fake]
+k = 1
+""\\"
+"""
+u = { v = 1, w = [ 2 ] }
+l = \'\'\'
+x = 2\'\'\'
+[[r]]
+k = 1
+[[r.s]]
+k = 2
+[[r.s]]
+k = 3
+[r.t]
+k = 4
+[[r]]
+[[r.s]]
+k = 5
+'''
+
+
+def test_the_lines_of_keys() -> None:
+    tomllib.loads(TRICKY)  # so that the text is TOML
+    lines = key_lines(TRICKY)
+    numbered = TRICKY.splitlines()
+    for path, start in (
+        (("a",), "a = 1"),
+        (("b.c",), '"b.c"'),
+        (("d", "e"), "d.e"),
+        (("t", "x y"), "[t."),
+        (("t", "x y", "s"), 's = """'),
+        (("t", "x y", "u"), "u = {"),
+        (("t", "x y", "l"), "l = "),
+    ):
+        assert numbered[lines[path] - 1].startswith(start)
+    assert [lines["r", 0, "k"], lines["r", 0, "s", 0, "k"], lines["r", 0, "s", 1, "k"]] == [18, 20, 22]
+    assert [lines["r", 0, "t", "k"], lines["r", 1], lines["r", 1, "s", 0, "k"]] == [24, 25, 27]
+    assert ("t", "x y", "k") not in lines
+    assert ("fake",) not in lines
+    assert line_of(("t", "x y", "u", "w", 0), lines) == lines["t", "x y", "u"]
+    assert line_of(("nowhere",), lines) is None
