@@ -225,6 +225,7 @@ class _Connection:
         self._stream = stream
         self._guest = guest
         self._sending = trio.Lock()
+        self._broken = False
         self._in_flight = 0
 
     async def serve(self) -> None:
@@ -280,7 +281,11 @@ class _Connection:
     async def _send(self, answer: bytes) -> None:
         """Send one answer with its length, in one piece. Raises BrokenResourceError when the guest does not take it."""
         async with self._sending:
-            with trio.move_on_after(WRITE_TIMEOUT) as patience:
-                await self._stream.send_all(len(answer).to_bytes(2, "big") + answer)
-            if patience.cancelled_caught:
+            if not self._broken:
+                # Whatever cuts this short leaves half an answer behind, and nothing can follow that.
+                self._broken = True
+                with trio.move_on_after(WRITE_TIMEOUT):
+                    await self._stream.send_all(len(answer).to_bytes(2, "big") + answer)
+                    self._broken = False
+            if self._broken:
                 raise trio.BrokenResourceError("the guest does not read")

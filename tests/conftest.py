@@ -104,7 +104,7 @@ def _kind(nodeid: str) -> str:
     return parts[1] if len(parts) > 2 else "tests"
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
     """Says what was left out, by kind and reason."""
     left_out: Counter[tuple[str, str]] = Counter()
     for report in terminalreporter.stats.get("skipped", []):
@@ -115,6 +115,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if deselected := terminalreporter.stats.get("deselected", []):
         terminalreporter.write_line(f"{len(deselected)} tests were deselected on the command line")
     if not left_out:
+        if exitstatus not in {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}:
+            return  # interrupted: nobody knows what would have been left out
         terminalreporter.write_sep("=", "nothing was left out", green=True)
         return
     terminalreporter.write_sep("!", f"LEFT OUT: {left_out.total()} tests did not run here", yellow=True, bold=True)

@@ -49,6 +49,7 @@ class DatagramLink(BaseLink):
         if events & WRITABLE and self._waits_writable:
             self.flush()
             self.note_backlog(now)
+            self._watch_writability()
         if not events & (READABLE | FAILED | HUNG_UP) or self.closed:
             return
         buffer = self._buffer
@@ -103,11 +104,14 @@ class DatagramLink(BaseLink):
                 self.drops_to_guest += 1  # this one frame: too long for the receiver, or no memory for it now
             out.popleft()
             self.backlog -= sum(map(len, frame))
-        waits = bool(out)
-        if waits != self._waits_writable:
+        self.note_backlog()
+        self._watch_writability()
+
+    def _watch_writability(self) -> None:
+        waits = bool(self._out) or self.congested
+        if waits != self._waits_writable and not self.closed:
             self._waits_writable = waits
             self._poller.modify(self._fd, READABLE | WRITABLE if waits else READABLE)
-        self.note_backlog()
 
     def _close(self) -> None:
         self._out.clear()

@@ -128,13 +128,15 @@ class BaseLink(ABC):
         self._waiters.append(waiter)
 
     def note_backlog(self, now: float | None = None) -> None:
-        """After the kernel took something, or refused: set `congested`, wake who waited."""
+        """After the kernel took something, or refused: set `congested`; with `now` also clear it, and wake who waited.
+
+        Only on_ready() has a `now`, so a link that is congested stays registered for writability until it comes there.
+        """
         if self.backlog > CONGESTED:
             self.congested = True
-        elif self.congested and self.backlog <= CONGESTED >> 1:
+        elif now is not None and self.congested and self.backlog <= CONGESTED >> 1:
             self.congested = False
-            if now is not None:
-                self.wake_waiters(now)
+            self.wake_waiters(now)
 
     def wake_waiters(self, now: float) -> None:
         waiters, self._waiters = self._waiters, []

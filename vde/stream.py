@@ -70,6 +70,7 @@ class StreamLink(BaseLink):
         if events & WRITABLE and self._waits_writable:
             self.flush()
             self.note_backlog(now)
+            self._watch_writability()
         if not events & (READABLE | FAILED | HUNG_UP) or self.closed:
             return
         try:
@@ -153,11 +154,14 @@ class StreamLink(BaseLink):
             if sent:
                 out[first] = memoryview(out[first])[sent:]
         del out[:first]
-        waits = bool(out)
-        if waits != self._waits_writable:
+        self.note_backlog()
+        self._watch_writability()
+
+    def _watch_writability(self) -> None:
+        waits = bool(self._out) or self.congested
+        if waits != self._waits_writable and not self.closed:
             self._waits_writable = waits
             self._poller.modify(self._fd, READABLE | WRITABLE if waits else READABLE)
-        self.note_backlog()
 
     def _close(self) -> None:
         self._out = []

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from netstack.cli.faults import EXIT_BAD_INPUT, EXIT_FAILURE, CommandError, leaves, one_line, say
+from netstack.cli.faults import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILURE,
+    INPUT_ERRNOS,
+    CommandError,
+    leaves,
+    one_line,
+    say,
+    what_to_do,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,11 +100,14 @@ def _explain(error: Exception) -> int:
         say(f"netstack: {one_line(first)}")
         return EXIT_BAD_INPUT
     if isinstance(first, OSError):
-        say(f"netstack: {one_line(first)}")
-        return EXIT_FAILURE
+        say(f"netstack: {one_line(first)}{what_to_do(first)}")
+        return EXIT_BAD_INPUT if first.errno in INPUT_ERRNOS else EXIT_FAILURE
     # Usage errors: typer took click in with 0.26 and the class moved, but this method has always been theirs.
     explain = getattr(first, "format_message", None)
     if explain is not None:
+        if explain().startswith("Usage:"):  # a group without a command
+            say(explain())
+            return EXIT_BAD_INPUT
         context = getattr(first, "ctx", None)
         command = context.command_path if context is not None else "netstack"
         say(f"netstack: {' '.join(explain().split()).rstrip('.')}; see {command} --help")

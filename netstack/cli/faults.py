@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -36,6 +37,42 @@ def one_line(error: BaseException) -> str:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         return f"{where}{error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+# What the system says when a path or an address that it was given cannot be; anything else failed while running.
+INPUT_ERRNOS = {
+    errno.EACCES,
+    errno.EADDRNOTAVAIL,
+    errno.EBADF,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENOTSOCK,
+    errno.ENXIO,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+
+def what_to_do(error: OSError) -> str:
+    """Advice to go behind the system's words, "" when there is none."""
+    advice = {
+        errno.EACCES: "take a place where you may write",
+        errno.EADDRINUSE: "end what listens there, or take another",
+        errno.EADDRNOTAVAIL: "take an address of this host",
+        errno.EBADF: "the parent must leave it open",
+        errno.EISDIR: "name a file",
+        errno.EMFILE: "raise the limit of open files (netstack doctor)",
+        errno.ENOENT: "make its directory first",
+        errno.ENOSPC: "make room, or take another place",
+        errno.ENOTSOCK: "it must be a socket",
+        errno.ENXIO: "nobody reads it",
+        errno.EPERM: "take a place where you may write",
+    }.get(error.errno or 0)
+    return f"; {advice}" if advice else ""
 
 
 def leaves(error: BaseException) -> list[BaseException]:

@@ -95,10 +95,9 @@ def _summary(packet: Any) -> str:
     try:
         summary = str(packet.summary()).removeprefix("Ether / ")
         # scapy leaves the addresses out where a layer above has words of its own, such as DNS.
-        inner = packet.payload
-        for layer, name in (("IP", "IP / "), ("IPv6", "IPv6 / ")):
-            if inner.name == layer and inner.src not in summary:
-                summary = f"{inner.src} > {inner.dst} {summary.removeprefix(name)}"
+        for layer in (packet, packet.payload):
+            if layer.name in ("IP", "IPv6") and layer.src not in summary:
+                summary = f"{layer.src} > {layer.dst} {summary.removeprefix(f'{layer.name} / ')}"
         return printable(summary)
     except Exception as error:
         return f"(scapy cannot read it: {type(error).__name__})"

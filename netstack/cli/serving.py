@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
-from netstack.cli.faults import CommandError, say
+from netstack.cli.faults import INPUT_ERRNOS, CommandError, InputError, say
 from netstack.control.api import ApiError, ApiListener, listen_tcp, listen_unix, serve_api
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def listen_for_api(config: Config, network: Network, asked_for: Sequence[str]) -
     except ApiError as error:
         for listener in listeners:
             listener.close()
-        raise CommandError(str(error)) from None
+        kind = InputError if error.errno in INPUT_ERRNOS else CommandError
+        raise kind(str(error)) from None
     return listeners
 
 

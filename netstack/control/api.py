@@ -44,7 +44,11 @@ class StatusSource(Protocol):
 
 
 class ApiError(Exception):
-    """The API cannot be served; str() is one line that says where and why."""
+    """The API cannot be served; str() is one line that says where and why, `errno` is the system's code or 0."""
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = code or 0
 
 
 class ApiListener:
@@ -69,7 +73,7 @@ class ApiListener:
                 file.write(f"{self.token}\n")
             temporary.replace(path)
         except OSError as error:
-            raise ApiError(f"cannot store the API's token in {path}: {error.strerror}") from None
+            raise ApiError(f"cannot store the API's token in {path}: {error.strerror}", error.errno) from None
         self._own(path)
 
     def close(self) -> None:
@@ -105,7 +109,7 @@ def listen_unix(path: str) -> ApiListener:
         return ApiListener(sock, f"unix://{path}", path=place)
     except OSError as error:
         sock.close()
-        raise ApiError(f"cannot listen for the API at {path}: {error.strerror}") from None
+        raise ApiError(f"cannot listen for the API at {path}: {error.strerror}", error.errno) from None
     except ApiError:
         sock.close()
         raise
@@ -122,7 +126,7 @@ def listen_tcp(host: str, port: int) -> ApiListener:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise ApiError(f"cannot listen for the API at tcp://{shown}:{port}: {error.strerror}") from None
+        raise ApiError(f"cannot listen for the API at tcp://{shown}:{port}: {error.strerror}", error.errno) from None
     return ApiListener(sock, f"tcp://{shown}:{sock.getsockname()[1]}", token=secrets.token_urlsafe(TOKEN_BYTES))
 
 
@@ -225,7 +229,8 @@ def _import_server() -> None:
 def _remove_stale_socket(path: Path) -> None:
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise ApiError(f"cannot listen for the API at {path}: a file that is no socket is there; name another path")
+            words = "a file that is no socket is there; name another path"
+            raise ApiError(f"cannot listen for the API at {path}: {words}", errno.EEXIST)
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

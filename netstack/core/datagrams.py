@@ -14,11 +14,6 @@ because of a fact about Linux: an ICMP error that has come in is also raised, on
 which may concern another peer. So after a failed send the error queue is read first. If an ICMP error lay in it, the
 errno was its echo, and the send is tried once more.
 
-Flows are kept in order of use, with a resolution of one second, so that the hot path need not touch the order for
-every datagram. When there are too many, the least recently used goes; it is taken from the link that exceeds its
-share, or at the overall limit from the link that has the most flows, so that no guest can evict another's. The unit
-is the link, because a guest can lie about its addresses and its MAC, but not about the link it sits on.
-
 Counted as dropped (`protocol` is "udp" or "ping"): protocol_flow_evicted, protocol_no_socket, protocol_denied,
 protocol_ttl_exceeded, protocol_too_big, protocol_host_queue_full, protocol_host_refused.
 """
@@ -27,9 +22,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from netstack.core.ports import FAILED, READABLE, Buffer, DatagramSocket, Events, Host, Link, Poller, SocketError
 from netstack.core.timers import NEVER, Timers
@@ -49,14 +42,14 @@ from netstack.wire.icmp import (
     Problem,
 )
 
+if TYPE_CHECKING:
+    from netstack.core.datagram_table import DatagramFlows
+
 # Datagrams read from one flow in one wakeup, then others get their turn: about one full link buffer at MTU 1500.
 BURST = 64
 
 # Errors taken off one socket's queue at a time. The kernel bounds the queue by the receive buffer.
 _ERROR_BURST = 32
-
-# The largest datagram that a host socket can hand out (RFC 768: a length field of 16 bits).
-_LARGEST = 65536
 
 # How exact the order of use, and with it the idle time, is kept, in seconds.
 RESOLUTION = 1.0
@@ -80,10 +73,7 @@ _PROBLEMS = {
 }
 
 # The kernel has no room at the moment.
-_BUSY = frozenset((errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOBUFS, errno.ENOMEM))
-
-# No more descriptors, in this process or on the host.
-_NO_DESCRIPTOR = frozenset((errno.EMFILE, errno.ENFILE))
+BUSY = frozenset((errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOBUFS, errno.ENOMEM))
 
 # The ICMP errors that are passed on: a source quench is obsolete (RFC 6633), a redirect is the host's own business.
 _RELAYED4 = frozenset((UNREACHABLE, TIME_EXCEEDED, PARAMETER_PROBLEM))
@@ -109,6 +99,9 @@ class Limits(Protocol):
 
 class Stack(Protocol):
     """What UDP and ICMP ask of the stack."""
+
+    mac: bytes  # the gateway's
+    touched: list[Any]  # flows with a finish_batch(now), to be called when the batch of frames at hand ends
 
     @property
     def counters(self) -> Counters: ...
@@ -199,8 +192,8 @@ class DatagramFlow:
         self.bytes_to_guest = 0
         self._waiting = False
 
-    def deliver(self, length: int, address: bytes, port: int, mtu: int, now: float) -> None:
-        """Send the datagram that lies in table.scratch[:length] to the guest, in packets of at most `mtu` bytes."""
+    def receive(self, mtu: int, now: float) -> None:
+        """Pass on what the socket has received, in packets of at most `mtu` bytes: a bounded amount of it."""
         raise NotImplementedError
 
     def rebuild(self, dst: bytes, port: int, payload: Buffer, ttl: int) -> bytes:
@@ -219,37 +212,22 @@ class DatagramFlow:
             self.drain_errors()
         if not events & READABLE or self.closed:
             return
-        if self.link.congested:
-            self._wait_for_link()
+        if self._wait_for_link():
             return
-        table = self.table
-        link = self.link
         if now - self.used_at >= RESOLUTION:
-            table.touch(self, now)
-        mtu = min(self.stack.guest_mtu(self.guest), link.mtu)
-        scratch = table.scratch
-        receive_from = self.sock.receive_from
-        deliver = self.deliver
-        for _ in range(BURST):
-            try:
-                length, address, port = receive_from(scratch)
-            except BlockingIOError:
-                return
-            except OSError:
-                # The echo of an ICMP error (see above); its substance is in the error queue.
-                self.drain_errors()
-                continue
-            deliver(length, address, port, mtu, now)
-            if link.congested:  # by what was just delivered
-                self._wait_for_link()
-                return
+            self.table.touch(self, now)
+        self.receive(min(self.stack.guest_mtu(self.guest), self.link.mtu), now)
+        self._wait_for_link()
 
-    def _wait_for_link(self) -> None:
-        """Leave what comes in the socket's buffer, where the kernel bounds it, until the link has room."""
+    def _wait_for_link(self) -> bool:
+        """While the link is congested, leave what comes in the socket's buffer, where the kernel bounds it."""
+        if not self.link.congested:
+            return False
         if not self._waiting:
             self._waiting = True
             self.stack.poller.modify(self.sock.fileno(), 0)
             self.link.wait_drained(self)
+        return True
 
     def on_drained(self, now: float) -> None:
         if self._waiting:
@@ -292,7 +270,7 @@ class DatagramFlow:
         self, error: OSError, payload: Buffer, dst: bytes, target: bytes, port: int, ttl: int, dont_fragment: bool
     ) -> None:
         """A send failed: try once more where that was another datagram's fault, else tell the guest."""
-        if error.errno in _BUSY:
+        if error.errno in BUSY:
             self.stack.counters.drop(f"{self.protocol}_host_queue_full")
             return
         relayed, mtu = self.drain_errors()
@@ -338,126 +316,3 @@ def format_endpoint(address: bytes, port: int) -> str:
     """For lists and logs: 192.168.5.15:53, [fd00::15]:53."""
     text = str(ipaddress.ip_address(address)) if address else ""
     return f"[{text}]:{port}" if len(address) == 16 else f"{text}:{port}"
-
-
-F = TypeVar("F", bound=DatagramFlow)
-
-
-class DatagramFlows(Generic[F]):
-    """All flows of one protocol, by guest address and port: the hot path looks into `flows` itself."""
-
-    def __init__(self, stack: Stack, protocol: str) -> None:
-        self.stack = stack
-        self.protocol = protocol
-        self.flows: dict[tuple[bytes, int], F] = {}
-        # Of each link, its flows, least recently used first.
-        self._shares: dict[Link, OrderedDict[tuple[bytes, int], F]] = {}
-        # What was received last from the host; one buffer for all, since each datagram is passed on at once.
-        self.scratch = memoryview(bytearray(_LARGEST))
-
-    def limit(self) -> int:
-        """How many flows there may be."""
-        raise NotImplementedError
-
-    def share(self) -> int:
-        """How many flows one link may have."""
-        raise NotImplementedError
-
-    def open_socket(self, flow: F) -> DatagramSocket:
-        """The host socket for this flow. Raises OSError."""
-        raise NotImplementedError
-
-    def on_open_failed(self, error: OSError) -> str:
-        """The reason under which to count this, without the protocol's name."""
-        return "no_socket"
-
-    def __len__(self) -> int:
-        return len(self.flows)
-
-    def __iter__(self) -> Iterator[F]:
-        return iter(self.flows.values())
-
-    def add(self, flow: F, dst: bytes, dst_port: int, payload: Buffer, now: float) -> bool:
-        """Open the flow's socket and take it in; others may have to go. When that cannot be done, tell the guest."""
-        link = flow.link
-        own = self._shares.get(link)
-        if own is not None and len(own) >= self.share():
-            self._evict(own, now)
-        elif self.flows and len(self.flows) >= self.limit():
-            most = max(self._shares.values(), key=len)
-            self._evict(own if own is not None and len(own) >= len(most) else most, now)
-        error = self._try_open(flow)
-        if error is not None and error.errno in _NO_DESCRIPTOR and link in self._shares:
-            self._evict(self._shares[link], now)
-            error = self._try_open(flow)
-        stack = self.stack
-        if error is not None:
-            flow.refuse(error.errno or 0, 0, dst, dst_port, payload, 1, self.on_open_failed(error))
-            return False
-        flow.peer = (dst, dst_port)
-        flow.opened_at = flow.used_at = now
-        key = (flow.guest, flow.port)
-        self.flows[key] = flow
-        self._shares.setdefault(link, OrderedDict())[key] = flow
-        stack.poller.register(flow.sock.fileno(), flow, READABLE)
-        stack.timers.arm(flow, now + flow.timeout + RESOLUTION)
-        events = stack.events
-        if events is not None and events.debug:
-            events.flow_opened(self.protocol, format_endpoint(flow.guest, flow.port), format_endpoint(*flow.peer))
-        return True
-
-    def _try_open(self, flow: F) -> OSError | None:
-        try:
-            flow.sock = self.open_socket(flow)
-        except OSError as error:
-            return error
-        return None
-
-    def touch(self, flow: F, now: float) -> None:
-        """The flow is in use; to be called when its used_at is older than RESOLUTION."""
-        flow.used_at = now
-        self._shares[flow.link].move_to_end((flow.guest, flow.port))
-
-    def move(self, flow: F, link: Link) -> None:
-        """The guest is behind another link now."""
-        key = (flow.guest, flow.port)
-        self._leave_share(flow)
-        flow.link = link
-        self._shares.setdefault(link, OrderedDict())[key] = flow
-        flow.on_drained(flow.used_at)  # the other link may not be congested
-
-    def close(self, flow: F, now: float, why: str) -> None:
-        """Close the flow's socket and forget it."""
-        if flow.closed:
-            return
-        flow.closed = True
-        stack = self.stack
-        stack.timers.cancel(flow)
-        stack.poller.unregister(flow.sock.fileno())
-        flow.sock.close()
-        del self.flows[flow.guest, flow.port]
-        self._leave_share(flow)
-        events = stack.events
-        if events is not None and events.debug:
-            guest, peer = format_endpoint(flow.guest, flow.port), format_endpoint(*flow.peer)
-            events.flow_closed(self.protocol, guest, peer, why, flow.bytes_from_guest, flow.bytes_to_guest)
-
-    def close_link(self, link: Link, now: float) -> None:
-        """The link is gone, and with it the guests behind it."""
-        for flow in list(self._shares.get(link, {}).values()):
-            self.close(flow, now, "link closed")
-
-    def close_all(self, now: float) -> None:
-        """The stack ends."""
-        for flow in list(self.flows.values()):
-            self.close(flow, now, "shutdown")
-
-    def _evict(self, share: OrderedDict[tuple[bytes, int], F], now: float) -> None:
-        self.stack.counters.drop(f"{self.protocol}_flow_evicted")
-        self.close(next(iter(share.values())), now, "evicted")
-
-    def _leave_share(self, flow: F) -> None:
-        share = self._shares[flow.link]
-        del share[flow.guest, flow.port]
-        if not share:
-            del self._shares[flow.link]

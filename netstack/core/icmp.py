@@ -20,7 +20,8 @@ from __future__ import annotations
 from typing import ClassVar, Protocol
 
 from netstack.core.addresses import Addresses
-from netstack.core.datagrams import RESOLUTION, DatagramFlow, DatagramFlows, Stack
+from netstack.core.datagram_table import DatagramFlows
+from netstack.core.datagrams import BURST, RESOLUTION, DatagramFlow, Stack
 from netstack.core.ports import Buffer, DatagramSocket, Link
 from netstack.core.udp import UdpFlows
 from netstack.wire.icmp import (
@@ -63,17 +64,29 @@ class PingFlow(DatagramFlow):
 
     protocol: ClassVar[str] = "ping"
 
-    def deliver(self, length: int, address: bytes, port: int, mtu: int, now: float) -> None:
-        stack = self.stack
+    def receive(self, mtu: int, now: float) -> None:
         scratch = self.table.scratch
-        src = stack.from_host(address)
+        for _ in range(BURST):
+            try:
+                length, _, address, _ = self.sock.receive_from(scratch)
+            except BlockingIOError:
+                return
+            except OSError:
+                self.drain_errors()  # the echo of an ICMP error; its substance is in the queue
+                continue
+            self._deliver(scratch[:length], self.stack.from_host(address))
+            if self.link.congested:
+                return
+
+    def _deliver(self, message: memoryview, src: bytes) -> None:
+        stack = self.stack
         guest = self.guest
-        if length < HEADER_LENGTH or scratch[0] != (ECHO_REPLY if len(guest) == 4 else ECHO_REPLY6):
+        if len(message) < HEADER_LENGTH or message[0] != (ECHO_REPLY if len(guest) == 4 else ECHO_REPLY6):
             stack.counters.drop("ping_unexpected")
             return
-        sequence = scratch[6] << 8 | scratch[7]
-        self.bytes_to_guest += length
-        send_reply(stack, self.link, self.mac, src, guest, self.port, sequence, scratch[HEADER_LENGTH:length])
+        sequence = message[6] << 8 | message[7]
+        self.bytes_to_guest += len(message)
+        send_reply(stack, self.link, self.mac, src, guest, self.port, sequence, message[HEADER_LENGTH:])
 
     def rebuild(self, dst: bytes, port: int, payload: Buffer, ttl: int) -> bytes:
         """`payload` is the echo request, with the guest's identifier or with the host's."""

@@ -36,13 +36,18 @@ def write_leases(table: LeaseTable, now: float, wall: float) -> dict[str, Any]:
     }
 
 
-def read_leases(table: LeaseTable, data: object, now: float, wall: float) -> int:
-    """Put back what write_leases gave. Gives the number of entries left out: unreadable, or not of this network.
-
-    Raises ValueError when data as a whole is not a list of leases.
-    """
+def check_leases(data: Any) -> None:
+    """Raise ValueError when data as a whole is not what write_leases gives."""
     if not isinstance(data, dict) or data.get("version") != VERSION or not isinstance(data.get("leases"), list):
         raise ValueError("not a list of leases of version 1")
+
+
+def read_leases(table: LeaseTable, data: Any, now: float, wall: float) -> int:
+    """Put back what write_leases gave. Gives the number of entries left out: unreadable, or not of this network.
+
+    Raises ValueError as check_leases does.
+    """
+    check_leases(data)
     skipped = 0
     for entry in data["leases"]:
         try:

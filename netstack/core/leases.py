@@ -93,6 +93,16 @@ class Lease:
         """When the record may go to another guest."""
         return max(self.expires_at, self.expires6_at, self.quarantined_until)
 
+    def addresses(self, now: float) -> list[bytes]:
+        """The addresses that the guest holds now: one of each family that it has a lease in."""
+        found = []
+        if self.is_live(now):
+            if self.expires_at > now:
+                found.append(self.address)
+            if self.expires6_at > now and self.address6 is not None:
+                found.append(self.address6)
+        return found
+
     def is_live(self, now: float) -> bool:
         """Whether the guest holds this address now, in either family."""
         return self.confirmed and self.quarantined_until <= now < max(self.expires_at, self.expires6_at)

@@ -25,6 +25,11 @@ HUNG_UP = 0x010
 
 SHUT_WR = 1  # socket.SHUT_WR, the same on every system netstack runs on (POSIX names it, all give it 1)
 
+# What one call of DatagramSocket.send_segments() takes: UDP_MAX_SEGMENTS of kernels before 6.9 (include/linux/udp.h),
+# and what fits into one IP packet of either family.
+MAX_SEGMENTS = 64
+MAX_SEGMENTS_BYTES = 65000
+
 # One frame, or a part of one, ready to be sent.
 Buffer = bytes | bytearray | memoryview
 
@@ -63,6 +68,8 @@ class HostSocket(Protocol):
 class DatagramSocket(Protocol):
     """A non-blocking host UDP or ping socket, not connected: one guest endpoint talks to many peers through it."""
 
+    segments: bool  # whether there is send_segments()
+
     def fileno(self) -> int: ...
     def close(self) -> None: ...
     def send_to(self, payload: Buffer, address: bytes, port: int, ttl: int, dont_fragment: bool) -> None:
@@ -71,11 +78,25 @@ class DatagramSocket(Protocol):
         Raises BlockingIOError when the kernel's queue is full, OSError (errno) when the host refuses it.
         """
 
-    def receive_from(self, buffer: memoryview) -> tuple[int, bytes, int]:
-        """Receive one datagram: its length (bytes beyond the buffer are lost), the peer's address and port.
+    def send_segments(
+        self, payloads: Sequence[Buffer], segment: int, address: bytes, port: int, ttl: int, dont_fragment: bool
+    ) -> None:
+        """Send several datagrams to one peer in one call; all have `segment` bytes, but the last may be shorter.
 
+        At most MAX_SEGMENTS and MAX_SEGMENTS_BYTES. Only where `segments` is true (Linux: UDP_SEGMENT). Raises like
+        send_to(), and then none was sent; EINVAL, EMSGSIZE and EIO may mean that only this way is barred.
+        """
+
+    def receive_from(self, buffer: memoryview) -> tuple[int, int, bytes, int]:
+        """Receive: how many bytes (bytes beyond the buffer are lost), of datagrams of how many, from where.
+
+        Where the kernel merged several datagrams of one peer into one (Linux: UDP_GRO), all but the last have as many
+        bytes as the second number says; otherwise both numbers are the same.
         Raises BlockingIOError when there is none.
         """
+
+    def expect_bursts(self) -> None:
+        """Datagrams of one size arrive by the dozen: have the kernel merge them, if it can."""
 
     def receive_error(self) -> SocketError | None:
         """Take the next error off the socket's error queue (Linux IP_RECVERR); None when there is none."""
@@ -142,7 +163,7 @@ class Link(Protocol):
         """Fill buffer[:prefix] for a frame of frame_length bytes."""
 
     def queue_frame(self, head: Buffer, payload: Buffer | None = None) -> None:
-        """Queue one frame: `head` begins with the prefix; `payload` is its tail and must not change until it is sent."""
+        """Queue one frame: `head` begins with the prefix; `payload` is its tail and must stay as it is until sent."""
 
     def queue_burst(self, frames: NDArray[uint8]) -> None:
         """Queue k frames of equal length: a C-contiguous (k, prefix + frame length) matrix."""

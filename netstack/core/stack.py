@@ -44,7 +44,7 @@ from netstack.core.reassembly import Reassembly, fragment
 from netstack.core.refusals import TCP_PROBLEMS
 from netstack.core.switch import Switch
 from netstack.core.tcp import TcpFlow
-from netstack.core.tcp_output import CHUNK
+from netstack.core.tcp_output import CHUNK, POOLED_CHUNKS
 from netstack.core.timers import NEVER, Timers
 from netstack.core.udp import UdpFlows
 from netstack.wire.ethernet import ETHERTYPE_IPV4, ETHERTYPE_IPV6, MIN_FRAME
@@ -137,6 +137,7 @@ class Stack:
         self.ack_later: list[TcpFlow] = []
         self.scratch = np.empty(CHUNK, dtype=np.uint8)  # what flows read into from the host
         self.chunks: list[NDArray[np.uint8]] = []  # such buffers that no flow needs any more
+        self.acked_chunks: list[tuple[Link, NDArray[np.uint8]]] = []  # nor does its guest, as it says
         self.bytes_in_flight = 0
         self.bytes_for_host = 0
         self._late_acks = _LateAcks(self)
@@ -259,8 +260,22 @@ class Stack:
 
     def flush(self) -> None:
         """Hand all queued frames to the kernel: one call a link."""
-        for link in self.switch.links:
+        for link in tuple(self.switch.links):  # a link that fails closes, and leaves the list
             link.flush()
+        if self.acked_chunks:
+            self._recycle_chunks()
+
+    def _recycle_chunks(self) -> None:
+        """Let acknowledged chunks be read into again.
+
+        A guest may acknowledge what it has not received yet. What is still queued on its link by reference would then
+        show it the data of another flow, so only chunks of links with an empty queue are used again.
+        """
+        chunks = self.chunks
+        for link, chunk in self.acked_chunks:
+            if not link.backlog and len(chunks) < POOLED_CHUNKS:
+                chunks.append(chunk)
+        self.acked_chunks.clear()
 
     # ---- links -----------------------------------------------------------------------------------------------------
 

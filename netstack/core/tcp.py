@@ -110,6 +110,7 @@ class TcpFlow:
         "heap_at",
         "heard_at",
         "host_eof",
+        "host_shut",
         "idle_at",
         "in_recovery",
         "interest",
@@ -194,7 +195,7 @@ class TcpFlow:
         self.mss = 536  # RFC 9293 3.7.1, until the guest's option says more
         self.rtx: deque[tuple[int, memoryview]] = deque()  # (sequence number, bytes) sent and not acknowledged
         self.sending = False  # data of the host may be sent: ESTABLISHED or CLOSE_WAIT, and no end of file yet
-        self.host_eof = self.fin_sent = False
+        self.host_eof = self.host_shut = self.fin_sent = False
         self.stalled = False  # the host may have data that the guest's window or link has no room for
         self.waits_for_link = False
         # The receive sequence space. rcv_adv is RCV.NXT + RCV.WND, the right edge we promised; it never moves left.
@@ -398,6 +399,8 @@ class TcpFlow:
         if state == SYN_RECEIVED and flags & (SYN | ACK | RST) == SYN and seq == self.irs:
             tcp_output.send_syn_ack(self, now)
             return
+        if self.out_of_order:
+            self._take_out_of_order()  # the gap before this segment may be filled by now, in this very batch
 
         # First, check the sequence number (3.10.7.4). In a zero window only SEG.SEQ = RCV.NXT is acceptable; its data
         # is not, but its ACK and RST are (3.8.6).
@@ -599,7 +602,7 @@ class TcpFlow:
         if self.acked:
             self.acked = False
             tcp_output.on_acked(self, now)
-        elif self.dup_acks >= 3 and not self.in_recovery:
+        if self.dup_acks >= 3 and not self.in_recovery:
             tcp_output.fast_retransmit(self, now)
         if self.stalled:
             tcp_output.pump(self, now)
@@ -717,6 +720,11 @@ class TcpFlow:
         if self.host_eof:
             self._drop_socket()  # both directions have ended: close() says the same
             return
+        # Not twice: when the peer's FIN has come in as well, the socket is in TCP_CLOSE, whatever it still has to be
+        # read, and shutdown() fails with ENOTCONN (Linux: inet_shutdown).
+        if self.host_shut:
+            return
+        self.host_shut = True
         try:
             sock.shutdown(SHUT_WR)
         except OSError as error:
@@ -810,6 +818,8 @@ class TcpFlow:
     def move_to(self, link: Link) -> None:
         """The guest is on another link now; headers and MSS follow."""
         self.link = link
+        # The queue of the other link may refer to these chunks still: they must not be recycled (Stack.flush).
+        self.rtx = deque((seq, memoryview(bytes(view))) for seq, view in self.rtx)
         self.waits_for_link = False
         self.writer = SegmentWriter(
             link, self.mac, self.stack.mac, self.peer, self.guest, self.peer_port << 16 | self.guest_port
@@ -822,7 +832,7 @@ class TcpFlow:
             self.abort(now, "link lost", tell_guest=False)
             return
         self._keepalive_probes = KEEPALIVE_PROBES
-        self.idle_at = min(self.idle_at, now + LINK_GRACE)
+        self.idle_at = now + LINK_GRACE
         self._arm()
 
     def send_late_ack(self) -> None:

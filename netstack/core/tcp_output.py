@@ -56,7 +56,7 @@ CHUNK = 1 << 18
 
 # Chunks kept for the next read: new memory costs a page fault for every 4 KiB (98,000 a gigabyte, a fifth of the CPU
 # time of a transfer to a guest, measured), memory used a moment ago is in the cache.
-_POOLED = 32
+POOLED_CHUNKS = 32
 
 # Above this MSS a segment is worth a sendmsg() entry of its own, and copying it into a burst is not.
 _BURST_MSS = 9000
@@ -112,6 +112,8 @@ def _send_handshake(flow: TcpFlow, flags: int, ack: int, *, scale: bool, now: fl
     if flow.retries == 0:
         flow.rtt_at = now
         flow.rtt_seq = flow.snd_nxt
+    else:
+        flow.rtt_at = 0.0  # Karn's algorithm (RFC 6298 section 3): whose answer comes now cannot be told
     flow.arm_retransmission(now + (RTO_INITIAL * (1 << flow.retries)))
 
 
@@ -268,7 +270,6 @@ def _send_chunk(flow: TcpFlow, view: memoryview, n: int, now: float) -> None:
 def on_acked(flow: TcpFlow, now: float) -> None:
     """SND.UNA moved: free what it covers, measure, set the timer, go on with a recovery."""
     stack = flow.stack
-    pool = stack.chunks
     rtx = flow.rtx
     una = flow.snd_una
     if flow.snd_wnd > flow.max_snd_wnd:
@@ -283,11 +284,8 @@ def on_acked(flow: TcpFlow, now: float) -> None:
         rtx.popleft()
         freed += n
         chunk: object = view.obj
-        if type(chunk) is np.ndarray and len(pool) < _POOLED:
-            # The guest has all of it, so it may be overwritten. A retransmission of it that still waits in the link's
-            # queue would be garbage then: it lies before the guest's RCV.NXT and is dropped there as it would be
-            # anyway.
-            pool.append(chunk)
+        if type(chunk) is np.ndarray:
+            stack.acked_chunks.append((flow.link, chunk))
     stack.bytes_in_flight -= freed
     if flow.rtt_at and (una - flow.rtt_seq) & M < 0x80000000:
         measure_rtt(flow, now)

@@ -3,8 +3,13 @@
 Theory of operation
 -------------------
 Each guest endpoint (address, port) has one `UdpFlow` with one host socket, bound to the same port where that is free
-(RFC 4787 REQ-1, REQ-3); `core.datagrams` says how flows live. The hot path toward the host is one look-up in a dict and
-one `sendto`; toward the guest it is one `recvfrom_into`, one packed header and one checksum.
+(RFC 4787 REQ-1, REQ-3); `core.datagrams` says how flows live.
+
+Toward the host, the hot path is one look-up in a dict. Datagrams of one size to one peer, as of a stream, are held back
+until the batch of frames at hand ends, and leave in one call, which the kernel takes apart (UDP_SEGMENT: 0.5 us a
+datagram in place of 3.3 with a call for each, over the loopback). Toward the guest, what a wakeup finds is received
+into one buffer, where the kernel may have merged datagrams of one size (UDP_GRO: 0.1 in place of 1.3 us); such runs
+become frames by array arithmetic (`core.udp_bursts`), others by one packed header and one checksum each.
 
 Who may answer: any port of any address that the guest has sent to through this flow (address-dependent filtering,
 RFC 4787 REQ-8). The host's port is open to the host's whole network, and a guest that has sent one datagram has not
@@ -21,11 +26,16 @@ udp_refused_by_guest (the guest answered our datagram with an ICMP error).
 
 from __future__ import annotations
 
+import errno
 from struct import Struct
 from typing import ClassVar
 
-from netstack.core.datagrams import RESOLUTION, DatagramFlow, DatagramFlows, Stack
-from netstack.core.ports import Buffer, DatagramSocket, Link
+import numpy as np
+
+from netstack.core.datagram_table import LARGEST, DatagramFlows
+from netstack.core.datagrams import BURST, BUSY, RESOLUTION, DatagramFlow, Stack
+from netstack.core.ports import MAX_SEGMENTS, MAX_SEGMENTS_BYTES, Buffer, DatagramSocket, Link
+from netstack.core.udp_bursts import PAYS_FROM, write_burst
 from netstack.wire.checksum import pseudo_sum, sum_words
 from netstack.wire.icmp import NO_ROUTE, TTL_EXCEEDED
 from netstack.wire.ipv4 import PROTOCOL_UDP, write_ipv4
@@ -74,7 +84,18 @@ def write_packet(src: bytes, src_port: int, dst: bytes, dst_port: int, payload: 
 class UdpFlow(DatagramFlow):
     """One UDP endpoint of a guest."""
 
-    __slots__ = ("asked",)
+    __slots__ = (
+        "_dont_fragment",
+        "_dst",
+        "_largest_segment",
+        "_pending",
+        "_pending_bytes",
+        "_port",
+        "_segment",
+        "_target",
+        "_ttl",
+        "asked",
+    )
 
     protocol: ClassVar[str] = "udp"
     table: UdpFlows
@@ -83,24 +104,145 @@ class UdpFlow(DatagramFlow):
         super().__init__(table, link, mac, guest, port, IDLE_DNS)
         # Who may answer: its address on the host's side -> the one that the guest asked, which differs for the gateway.
         self.asked: dict[bytes, bytes] = {}
+        # Datagrams of the batch at hand that will leave in one call, and what they have in common.
+        self._pending: list[Buffer] = []
+        self._pending_bytes = 0
+        self._segment = 0
+        self._dst = self._target = b""
+        self._port = self._ttl = 0
+        self._dont_fragment = False
+        self._largest_segment = MAX_SEGMENTS_BYTES  # what is larger goes alone
 
-    def deliver(self, length: int, address: bytes, port: int, mtu: int, now: float) -> None:
-        table = self.table
+    # --- from the guest
+
+    def send(self, payload: memoryview, dst: bytes, target: bytes, port: int, ttl: int, dont_fragment: bool) -> None:
+        """Send one datagram, at once or with its like when the batch ends."""
+        size = len(payload)
+        self.bytes_from_guest += size
+        pending = self._pending
+        if pending:
+            if (
+                0 < size <= self._segment
+                and dst == self._dst
+                and port == self._port
+                and ttl == self._ttl
+                and dont_fragment is self._dont_fragment
+                and len(pending) < MAX_SEGMENTS
+                and self._pending_bytes + size <= MAX_SEGMENTS_BYTES
+            ):
+                pending.append(payload)
+                self._pending_bytes += size
+                if size < self._segment:  # none may follow a shorter one
+                    self.flush()
+                return
+            self.flush()
+        if self.sock.segments and 0 < size <= self._largest_segment:
+            self._pending = [payload]
+            self._pending_bytes = self._segment = size
+            self._dst, self._target, self._port = dst, target, port
+            self._ttl, self._dont_fragment = ttl, dont_fragment
+            self.stack.touched.append(self)
+        else:
+            self._send_one(payload, dst, target, port, ttl, dont_fragment)
+
+    def finish_batch(self, now: float) -> None:
+        """The batch of frames ends, and with it the views into its buffer."""
+        if self._pending:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is pending."""
+        pending = self._pending
+        self._pending = []
+        dst, target, port, ttl, dont_fragment = self._dst, self._target, self._port, self._ttl, self._dont_fragment
+        if len(pending) > 1:
+            try:
+                self.sock.send_segments(pending, self._segment, target, port, ttl, dont_fragment)
+            except OSError as error:
+                if error.errno in BUSY:
+                    for _ in pending:
+                        self.stack.counters.drop("udp_host_queue_full")
+                    return
+                # Larger than the path's MTU, which the kernel does not do in this way, or a device that cannot do it;
+                # or the echo of an ICMP error. One by one it will turn out.
+                if error.errno in (errno.EINVAL, errno.EMSGSIZE):
+                    self._largest_segment = min(self._largest_segment, self._segment - 1)
+                elif error.errno == errno.EIO:
+                    self._largest_segment = 0
+            else:
+                return
+        for payload in pending:
+            self._send_one(payload, dst, target, port, ttl, dont_fragment)
+
+    def _send_one(self, payload: Buffer, dst: bytes, target: bytes, port: int, ttl: int, dont_fragment: bool) -> None:
+        try:
+            self.sock.send_to(payload, target, port, ttl, dont_fragment)
+        except OSError as error:
+            self.on_send_error(error, payload, dst, target, port, ttl, dont_fragment)
+
+    # --- from the host
+
+    def receive(self, mtu: int, now: float) -> None:
+        """Receive into one buffer, and pass on as one run what has come from one peer in one size."""
+        scratch = self.table.scratch
+        last = len(scratch) - LARGEST
+        receive_from = self.sock.receive_from
+        start = end = size = port = 0
+        address = b""
+        for _ in range(BURST):
+            try:
+                length, each, from_, from_port = receive_from(scratch[end:] if end else scratch)
+            except BlockingIOError:
+                break
+            except OSError:
+                self.drain_errors()  # the echo of an ICMP error; its substance is in the queue
+                continue
+            # After one that is shorter than the others nothing may follow.
+            if end > start and (each != size or from_port != port or from_ != address or (end - start) % size):
+                self._deliver(start, end, size, address, port, mtu)
+                start = end
+            size, address, port = each, from_, from_port
+            end += length
+            if not length:
+                self._deliver(start, end, size, address, port, mtu)
+            if end > last:
+                break
+        if end > start:
+            self._deliver(start, end, size, address, port, mtu)
+
+    def _deliver(self, start: int, end: int, size: int, address: bytes, port: int, mtu: int) -> None:
+        """Send to the guest the datagrams in scratch[start:end], of `size` bytes each, the last perhaps shorter."""
         src = self.asked.get(address)
         if src is None:
             self.stack.counters.drop("udp_unsolicited")
             return
+        self.bytes_to_guest += end - start
+        overhead = 28 if len(src) == 4 else 48
+        if end - start >= size * PAYS_FROM and 0 < size <= mtu - overhead:
+            self.sock.expect_bursts()
+            whole = (end - start) // size * size
+            payload = np.frombuffer(self.table.scratch, np.uint8, whole, start)
+            self.link.queue_burst(
+                write_burst(self.link, self.mac, self.stack.mac, src, port, self.guest, self.port, payload, size)
+            )
+            start += whole
+        elif start == end:
+            self._deliver_one(self.table.scratch[:0], src, port, mtu)
+            return
+        for at in range(start, end, size):
+            self._deliver_one(self.table.scratch[at : min(at + size, end)], src, port, mtu)
+
+    def _deliver_one(self, payload: memoryview, src: bytes, port: int, mtu: int) -> None:
+        table = self.table
         guest = self.guest
         pair = table.pairs.get((src, guest))
         if pair is None:
             pair = table.remember_pair(src, guest)
         addresses, fixed_sum, pseudo = pair
-        payload = table.scratch[:length]
         guest_port = self.port
-        size = length + 8
+        size = len(payload) + 8
         # The length counts twice: in the pseudo-header and in the header.
         check = 65535 - (pseudo + size + size + port + guest_port + sum_words(payload)) % 65535
-        self.bytes_to_guest += length
         if len(guest) == 4:
             total = size + 20
             field = 65535 - (fixed_sum + total) % 65535
@@ -115,6 +257,8 @@ class UdpFlow(DatagramFlow):
         else:
             # A copy, because the link may keep it until the kernel takes it, and scratch is used again at once.
             self.stack.send_ip(self.link, self.mac, head, bytes(payload))
+
+    # --- errors
 
     def as_asked(self, address: bytes) -> bytes:
         return self.asked.get(address) or super().as_asked(address)
@@ -192,12 +336,7 @@ class UdpFlows(DatagramFlows[UdpFlow]):
             flow.timeout = IDLE
         if flow.asked.get(target) != dst:
             self._remember_asked(flow, target, dst)
-        try:
-            flow.sock.send_to(payload, target, dst_port, ttl, dont_fragment)
-        except OSError as error:
-            flow.on_send_error(error, payload, dst, target, dst_port, ttl, dont_fragment)
-            return
-        flow.bytes_from_guest += end - start
+        flow.send(payload, dst, target, dst_port, ttl, dont_fragment)
 
     def on_error_from_guest(self, guest: bytes, port: int) -> None:
         """A guest sent an ICMP error about a datagram that went to this endpoint of it. Untrusted.
@@ -210,6 +349,7 @@ class UdpFlows(DatagramFlows[UdpFlow]):
 
     def close(self, flow: UdpFlow, now: float, why: str) -> None:
         if not flow.closed:
+            flow.finish_batch(now)
             self._asked -= len(flow.asked)
         super().close(flow, now, why)
 

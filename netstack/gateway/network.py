@@ -108,7 +108,9 @@ class Network:
 
     async def drain(self) -> None:
         """Wait until nothing is in flight."""
-        while self.stack.bytes_in_flight or self.stack.bytes_for_host:
+        while True:
+            if not self.stack.bytes_in_flight and not self.stack.bytes_for_host:
+                return
             await trio.sleep(0.01)
 
     def close(self) -> None:
@@ -238,19 +240,21 @@ class Network:
         return lease.mac
 
     def _load_leases(self, leases: LeaseTable, path: Path) -> None:
-        data = state.read_json(path)
-        if data is None:
-            return
-        now = time.monotonic()
-        skipped = lease_records.read_leases(leases, data, now, wall_clock())
-        if skipped:
-            self.log.warning("leases left out: unreadable, or not of this network", file=str(path), entries=skipped)
+        def take(data: object) -> None:
+            skipped = lease_records.read_leases(leases, data, time.monotonic(), wall_clock())
+            if skipped:
+                self.log.info("leases left out: unreadable, or not of this network", file=str(path), entries=skipped)
+
+        state.read_json(path, check=take, warn=self.log.warning)
         self._leases_saved = leases.version
 
     def _save_leases(self, path: Path) -> None:
         self._leases_saved = self.leases.version
         now = time.monotonic()
-        state.write_json(path, lease_records.write_leases(self.leases, now, wall_clock()))
+        try:
+            state.write_json(path, lease_records.write_leases(self.leases, now, wall_clock()))
+        except OSError as error:
+            self._events.warning("leases", "cannot keep the leases", file=str(path), error=str(error))
 
     # ---- what is running -------------------------------------------------------------------------------------------
 

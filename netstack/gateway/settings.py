@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv6Address
+from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
-from netstack.config import Config
+from netstack.config import Config, ConfigError
+from netstack.config.tables import AUTO, NetworkTable
 from netstack.control.log import Log
 from netstack.core.addresses import Addresses
 from netstack.core.leases import StaticLease
+from netstack.host import subnets
 from netstack.host.capture import Capture
 from netstack.wire.ethernet import parse_mac
 
@@ -20,7 +23,24 @@ def choose_addresses(config: Config, log: Log) -> Addresses:
 
     Raises ConfigError when the settings name a subnet that clashes.
     """
-    network = config.network.addresses()
+    taken = subnets.list_taken()
+    wanted = config.network
+    try:
+        if wanted.subnet == AUTO:
+            network = wanted.addresses(_free_subnet(wanted, taken, log))
+        else:
+            network = wanted.addresses()
+            subnets.check_subnet(network.subnet, taken)
+    except subnets.SubnetError as error:
+        raise ConfigError(f"--subnet {wanted.subnet}: {error}") from None
+    try:
+        subnets.check_subnet(network.subnet6, taken)
+    except subnets.SubnetError as error:
+        if wanted.subnet6 != AUTO:
+            raise ConfigError(f"network.subnet6 {wanted.subnet6}: {error}") from None
+        free = subnets.choose_subnet6(taken)
+        log.warning("the host has the guests' IPv6 network; taking another", taken=str(error), subnet6=str(free))
+        network = wanted.model_copy(update={"subnet6": str(free)}).addresses(network.subnet)
     gateway = network.gateway.packed
     return Addresses(
         _MAC_PREFIX + gateway,
@@ -30,8 +50,23 @@ def choose_addresses(config: Config, log: Log) -> Addresses:
         network.subnet6,
         network.gateway6.packed,
         network.dns6.packed,
-        config.network.host_loopback,
+        wanted.host_loopback,
     )
+
+
+def _free_subnet(wanted: NetworkTable, taken: Sequence[subnets.Taken], log: Log) -> IPv4Network:
+    """The default network, or the next free one."""
+    default = wanted.addresses().subnet
+    clash = subnets.find_clash(default, taken)
+    if clash is None:
+        return default
+    free = subnets.choose_subnet(taken)
+    log.warning(
+        "the host has the default network already; taking another",
+        taken=f"{clash.network}: {clash.why}",
+        subnet=str(free),
+    )
+    return free
 
 
 def static_leases(config: Config) -> list[StaticLease]:

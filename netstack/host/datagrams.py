@@ -11,8 +11,10 @@ The constants below are Linux' and not in Python's `socket`, or not before 3.14.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
+from collections.abc import Sequence
 from struct import Struct
 
 from netstack.core.ports import Buffer, SocketError
@@ -33,6 +35,10 @@ _MSG_ERRQUEUE = 0x2000
 _MACOS_IP_DONTFRAG = 28
 _MACOS_IPV6_DONTFRAG = 62
 
+# include/uapi/linux/udp.h
+_UDP_SEGMENT = 103
+_UDP_GRO = 104
+
 # struct sock_extended_err (include/uapi/linux/errqueue.h), host byte order; behind it the offender's sockaddr:
 #   u32 errno | u8 origin | u8 type | u8 code | u8 padding | u32 info (an MTU) | u32 data
 _EXTENDED_ERROR = Struct("=IBBBxI4x")
@@ -42,6 +48,11 @@ _OFFENDER6 = slice(_EXTENDED_ERROR.size + 8, _EXTENDED_ERROR.size + 24)  # socka
 _ERROR_SPACE = socket.CMSG_SPACE(_EXTENDED_ERROR.size + 28)
 # Of the datagram that failed: an ICMP error quotes at most 576 bytes (RFC 1812 4.3.2.3) or 1280 (RFC 4443 2.4).
 _QUOTE = 1280
+
+# Control message with the size of merged datagrams: an int.
+_SEGMENT_SPACE = socket.CMSG_SPACE(4)
+# Receptions after which it shows whether merging pays.
+_TRIAL = 256
 
 # Room for a burst that arrives while the guest's link is busy. Linux grants at most net.core.rmem_max, 208 KiB unless
 # tuned; macOS kern.ipc.maxsockbuf.
@@ -89,7 +100,19 @@ def _family(address: bytes) -> socket.AddressFamily:
 class HostDatagramSocket:
     """A `DatagramSocket` around a real one."""
 
-    __slots__ = ("_dont_fragment", "_ipv6", "_names", "_receive", "_send", "_sock", "_ttl")
+    __slots__ = (
+        "_calls",
+        "_dont_fragment",
+        "_ipv6",
+        "_merged",
+        "_merging",
+        "_names",
+        "_receive",
+        "_send",
+        "_sock",
+        "_ttl",
+        "segments",
+    )
 
     def __init__(self, sock: socket.socket, names: AddressNames) -> None:
         """Takes the socket over, and makes it non-blocking."""
@@ -100,6 +123,9 @@ class HostDatagramSocket:
         self._receive = sock.recvfrom_into
         self._ipv6 = sock.family == socket.AF_INET6
         self._ttl = -1
+        self.segments = _LINUX and sock.proto in (0, socket.IPPROTO_UDP)
+        self._merging: bool | None = None  # None: not tried yet
+        self._calls = self._merged = 0
         self._dont_fragment: bool | None = None
         if _LINUX:
             if self._ipv6:
@@ -120,9 +146,56 @@ class HostDatagramSocket:
             self._set_dont_fragment(dont_fragment)
         self._send(payload, (self._names.name(address), port))
 
-    def receive_from(self, buffer: memoryview) -> tuple[int, bytes, int]:
+    def send_segments(
+        self, payloads: Sequence[Buffer], segment: int, address: bytes, port: int, ttl: int, dont_fragment: bool
+    ) -> None:
+        if ttl != self._ttl:
+            self._set_ttl(ttl)
+        if dont_fragment is not self._dont_fragment:
+            self._set_dont_fragment(dont_fragment)
+        control = ((socket.IPPROTO_UDP, _UDP_SEGMENT, segment.to_bytes(2, sys.byteorder)),)
+        self._sock.sendmsg(payloads, control, 0, (self._names.name(address), port))
+
+    def receive_from(self, buffer: memoryview) -> tuple[int, int, bytes, int]:
+        if self._merging:
+            return self._receive_merged(buffer)
         length, peer = self._receive(buffer)
-        return length, self._names.address(peer[0]), peer[1]
+        return length, length, self._names.address(peer[0]), peer[1]
+
+    def expect_bursts(self) -> None:
+        if self._merging is None:
+            self._merging = False
+            if self.segments:
+                with contextlib.suppress(OSError):  # kernels before 5.0
+                    self._sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
+                    self._merging = True
+
+    def _receive_merged(self, buffer: memoryview) -> tuple[int, int, bytes, int]:
+        """Receive with the segments' size in a control message, which costs 0.4 us more than receiving without."""
+        try:
+            length, ancillary, _, peer = self._sock.recvmsg_into((buffer,), _SEGMENT_SPACE)
+        except BlockingIOError:
+            if self._calls >= _TRIAL:
+                self._stop_merging_unless_it_pays()
+            raise
+        segment = length
+        self._calls += 1
+        for level, kind, data in ancillary:
+            if level == socket.IPPROTO_UDP and kind == _UDP_GRO:
+                segment = int.from_bytes(data[:4], sys.byteorder)
+                self._merged += 1
+        return length, segment, self._names.address(peer[0]), peer[1]
+
+    def _stop_merging_unless_it_pays(self) -> None:
+        """Nothing is in the queue: the moment to go back. Senders and devices on the way may not merge at all."""
+        if self._merged * 4 < self._calls:
+            self._merging = False
+            self._sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 0)
+            # What came in between may be merged, and without the option the kernel does not say so: lose it.
+            with contextlib.suppress(OSError):
+                while True:
+                    self._sock.recv(1)
+        self._calls = self._merged = 0
 
     def receive_error(self) -> SocketError | None:
         if not _LINUX:

@@ -47,14 +47,14 @@ class MacosPingSocket(HostDatagramSocket):
             message = bytes(payload[:4]) + self._ident.to_bytes(2, "big") + bytes(payload[6:])
         super().send_to(message, address, port, ttl, dont_fragment)
 
-    def receive_from(self, buffer: memoryview) -> tuple[int, bytes, int]:
+    def receive_from(self, buffer: memoryview) -> tuple[int, int, bytes, int]:
         for _ in range(_FOREIGN):
-            length, address, port = super().receive_from(buffer)
+            length, _, address, port = super().receive_from(buffer)
             start = (buffer[0] & 0x0F) << 2 if len(address) == 4 and length else 0
             message = bytes(buffer[start:length])
             if message[4:6] == self._ident.to_bytes(2, "big"):
                 buffer[: len(message)] = message
-                return len(message), address, port
+                return len(message), len(message), address, port
         raise BlockingIOError(errno.EAGAIN, "only replies to others")
 
 

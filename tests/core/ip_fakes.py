@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,20 @@ from typing import TYPE_CHECKING, Any
 from netstack.core.addresses import Addresses
 from netstack.core.counters import Counters
 from netstack.core.flows import Limits
-from netstack.core.ports import READABLE, Buffer, Capture, DrainWaiter, Events, Handler, Host, HostSocket, Link, SocketError
+from netstack.core.ports import (
+    MAX_SEGMENTS,
+    MAX_SEGMENTS_BYTES,
+    READABLE,
+    Buffer,
+    Capture,
+    DrainWaiter,
+    Events,
+    Handler,
+    Host,
+    HostSocket,
+    Link,
+    SocketError,
+)
 from netstack.core.reassembly import fragment
 from netstack.core.timers import Timers
 from netstack.core.udp import UdpFlows
@@ -39,7 +53,7 @@ MAC = bytes.fromhex("525400123456")
 
 
 class FakeLink:
-    """A link that nothing is queued on: FakeStack keeps the packets."""
+    """A link on which only bursts are queued: FakeStack keeps the other packets."""
 
     def __init__(self, name: str = "link") -> None:
         self.name = name
@@ -52,18 +66,19 @@ class FakeLink:
         self.interface = 0
         self.capture: Capture | None = None
         self.waiters: list[DrainWaiter] = []
+        self.bursts: list[NDArray[uint8]] = []
 
     def forget_macs(self) -> None:
         raise NotImplementedError
 
     def write_prefix(self, buffer: bytearray, frame_length: int) -> None:
-        raise NotImplementedError
+        buffer[: self.prefix] = frame_length.to_bytes(self.prefix, "big")
 
     def queue_frame(self, head: Buffer, payload: Buffer | None = None) -> None:
         raise NotImplementedError
 
     def queue_burst(self, frames: NDArray[uint8]) -> None:
-        raise NotImplementedError
+        self.bursts.append(frames)
 
     def flush(self) -> None:
         raise NotImplementedError
@@ -92,13 +107,17 @@ class Sent:
 class FakeDatagramSocket:
     """A host socket whose other side is the test."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, segments: bool = False) -> None:
         self.fd = fd
         self.sent: list[Sent] = []
-        self.incoming: deque[tuple[bytes, bytes, int] | OSError] = deque()
+        self.incoming: deque[tuple[bytes, bytes, int] | tuple[bytes, bytes, int, int] | OSError] = deque()
         self.errors: deque[SocketError] = deque()
         self.failures: deque[OSError | None] = deque()  # of the next sends
         self._closed = False
+        self.segments = segments
+        self.segment_failures: deque[OSError | None] = deque()
+        self.bursts_expected = False
+        self.calls = 0
 
     def fileno(self) -> int:
         return self.fd
@@ -115,18 +134,38 @@ class FakeDatagramSocket:
         failure = self.failures.popleft() if self.failures else None
         if failure is not None:
             raise failure
+        self.calls += 1
         self.sent.append(Sent(bytes(payload), address, port, ttl, dont_fragment))
 
-    def receive_from(self, buffer: memoryview) -> tuple[int, bytes, int]:
+    def send_segments(
+        self, payloads: Sequence[Buffer], segment: int, address: bytes, port: int, ttl: int, dont_fragment: bool
+    ) -> None:
+        assert self.segments
+        assert 1 < len(payloads) <= MAX_SEGMENTS
+        assert sum(map(len, payloads)) <= MAX_SEGMENTS_BYTES
+        assert all(len(payload) == segment for payload in payloads[:-1])
+        assert 0 < len(payloads[-1]) <= segment
+        self.calls += 1
+        failure = self.segment_failures.popleft() if self.segment_failures else None
+        if failure is not None:
+            raise failure
+        for payload in payloads:
+            self.sent.append(Sent(bytes(payload), address, port, ttl, dont_fragment))
+
+    def expect_bursts(self) -> None:
+        self.bursts_expected = True
+
+    def receive_from(self, buffer: memoryview) -> tuple[int, int, bytes, int]:
         assert not self._closed
         if not self.incoming:
             raise BlockingIOError(errno.EAGAIN, "nothing there")
         item = self.incoming.popleft()
         if isinstance(item, OSError):
             raise item
-        payload, address, port = item
+        payload, address, port, *segment = item
+        assert len(buffer) >= 65536
         buffer[: len(payload)] = payload
-        return len(payload), address, port
+        return len(payload), segment[0] if segment else len(payload), address, port
 
     def receive_error(self) -> SocketError | None:
         return self.errors.popleft() if self.errors else None
@@ -139,6 +178,7 @@ class FakeHost:
         self.udp: list[tuple[bytes, int, FakeDatagramSocket]] = []
         self.ping: list[FakeDatagramSocket] = []
         self.failures: deque[OSError] = deque()
+        self.segments = False
         self._fd = 100
 
     def open_tcp(self, address: bytes, port: int) -> HostSocket:
@@ -164,7 +204,7 @@ class FakeHost:
         if self.failures:
             raise self.failures.popleft()
         self._fd += 1
-        return FakeDatagramSocket(self._fd)
+        return FakeDatagramSocket(self._fd, segments=self.segments)
 
 
 class FakePoller:
@@ -251,6 +291,8 @@ class FakeStack:
         self.limits = Limits()
         self.mtu = 65520
         self.addresses = addresses()
+        self.mac = self.addresses.mac
+        self.touched: list[Any] = []
         self.denied: set[bytes] = set()
         self.udp = UdpFlows(self)
         self.ident = 0
@@ -303,6 +345,12 @@ class FakeStack:
         while self.timers.next_deadline() <= now:
             self.timers.run(self.timers.next_deadline())
         self.timers.run(now)
+
+    def end_batch(self, now: float) -> None:
+        """The batch of frames at hand is over."""
+        touched, self.touched = self.touched, []
+        for flow in touched:
+            flow.finish_batch(now)
 
     def taken(self) -> list[bytes]:
         """The packets sent to guests since the last call."""

@@ -307,6 +307,16 @@ def test_a_static_ipv6_address_is_nobody_elses() -> None:
     assert leases.find_mac(mac(9)) is None  # it starts over when it asks again
 
 
+def test_a_name_leads_to_what_the_guest_holds() -> None:
+    leases = table()
+    lease = join(leases, 1, 0.0)
+    assert lease.addresses(1.0) == [address(15)]
+    leases.bind6(mac(1), 100.0)
+    assert lease.addresses(101.0) == [address(15), lease.address6]
+    assert lease.addresses(LEASE_TIME + 50.0) == [lease.address6]
+    assert lease.addresses(LEASE_TIME + 150.0) == []
+
+
 def test_owners() -> None:
     leases = table(statics=(StaticLease(mac(1), address(40)),))
     lease = join(leases, 9, 0.0)

@@ -380,7 +380,7 @@ def test_large_packets_are_given_in_two_pieces_that_do_not_change(bench: Bench) 
 def test_one_wakeup_does_a_bounded_amount_of_work(bench: Bench) -> None:
     bench.send(GUEST4, 4000, WORLD4, 7)
     sock = bench.sock(GUEST4, 4000)
-    sock.incoming.extend([(b"x", WORLD4, 7)] * (BURST + 10))
+    sock.incoming.extend((bytes((65 + number % 2,)) * (1 + number % 2), WORLD4, 7) for number in range(BURST + 10))
     bench.ready(GUEST4, 4000)
     assert len(bench.stack.taken()) == BURST
     bench.ready(GUEST4, 4000)
@@ -539,3 +539,208 @@ def test_errors_from_guests_are_counted(bench: Bench) -> None:
     bench.udp.on_error_from_guest(GUEST4, 4000)
     bench.udp.on_error_from_guest(GUEST4, 4001)
     assert bench.stack.drops == {"udp_refused_by_guest": 1, "icmp_error_from_guest": 1}
+
+
+class TestBatches:
+    """Datagrams of one batch of frames, on a host that takes several in one call."""
+
+    @pytest.fixture
+    def bench(self) -> Bench:
+        bench = Bench()
+        bench.stack.fake_host.segments = True
+        return bench
+
+    def sent(self, bench: Bench, port: int = 4000) -> list[bytes]:
+        return [sent.payload for sent in bench.sock(GUEST4, port).sent]
+
+    def test_a_stream_leaves_in_one_call_when_the_batch_ends(self, bench: Bench) -> None:
+        payloads = [bytes((number,)) * 1200 for number in range(30)]
+        for payload in payloads:
+            bench.send(GUEST4, 4000, WORLD4, 7, payload)
+        assert not self.sent(bench)
+        bench.stack.end_batch(bench.now)
+        assert self.sent(bench) == payloads
+        assert bench.sock(GUEST4, 4000).calls == 1
+        assert bench.flow(GUEST4, 4000).bytes_from_guest == 36_000
+        bench.stack.end_batch(bench.now)
+        assert bench.sock(GUEST4, 4000).calls == 1
+
+    def test_order_is_kept_whatever_changes(self, bench: Bench) -> None:
+        """Another size, peer, port, TTL or DF begins another call; a shorter one ends one; an empty one goes alone."""
+        steps: list[tuple[bytes, int, bytes, int, bool]] = [
+            (WORLD4, 7, b"aaaa", 64, True),
+            (WORLD4, 7, b"bbbb", 64, True),
+            (WORLD4, 7, b"cc", 64, True),
+            (WORLD4, 7, b"dd", 64, True),
+            (WORLD4, 7, b"eeee", 64, True),
+            (WORLD4, 7, b"", 64, True),
+            (WORLD4, 7, b"ffff", 64, True),
+            (WORLD4, 8, b"gggg", 64, True),
+            (ROUTER4, 8, b"hhhh", 64, True),
+            (ROUTER4, 8, b"iiii", 63, True),
+            (ROUTER4, 8, b"jjjj", 63, False),
+            (ROUTER4, 8, b"kkkk", 63, False),
+        ]
+        for dst, port, payload, ttl, dont_fragment in steps:
+            bench.send(GUEST4, 4000, dst, port, payload, ttl=ttl, dont_fragment=dont_fragment)
+        bench.stack.end_batch(bench.now)
+        sock = bench.sock(GUEST4, 4000)
+        got = [(sent.address, sent.port, sent.payload, sent.ttl + 1, sent.dont_fragment) for sent in sock.sent]
+        assert got == steps
+        assert sock.calls == 9  # abc d e "" f g h i jk
+
+    def test_the_bounds_of_one_call(self, bench: Bench) -> None:
+        for _ in range(130):
+            bench.send(GUEST4, 4000, WORLD4, 7, bytes(100))
+        bench.stack.end_batch(bench.now)
+        assert bench.sock(GUEST4, 4000).calls == 3
+        for _ in range(50):
+            bench.send(GUEST4, 4001, WORLD4, 7, bytes(8000))
+        bench.stack.end_batch(bench.now)
+        assert bench.sock(GUEST4, 4001).calls == 7
+        bench.send(GUEST4, 4002, WORLD4, 7, bytes(65507))
+        assert bench.sock(GUEST4, 4002).calls == 1
+
+    @pytest.mark.parametrize("code", (errno.EINVAL, errno.EMSGSIZE, errno.EIO))
+    def test_where_the_kernel_will_not_they_go_one_by_one(self, bench: Bench, code: int) -> None:
+        bench.send(GUEST4, 4000, WORLD4, 7, b"first")
+        bench.stack.end_batch(bench.now)
+        sock = bench.sock(GUEST4, 4000)
+        sock.segment_failures.append(OSError(code, "not in this way"))
+        for _ in range(2):
+            for number in range(10):
+                bench.send(GUEST4, 4000, WORLD4, 7, bytes((number,)) * 2000)
+            bench.stack.end_batch(bench.now)
+        assert [payload[0] for payload in self.sent(bench)[1:]] == [*range(10), *range(10)]
+        assert sock.calls == 1 + 1 + 20  # and it is not tried again for this size
+        bench.send(GUEST4, 4000, WORLD4, 7, b"small")
+        bench.send(GUEST4, 4000, WORLD4, 7, b"again")
+        bench.stack.end_batch(bench.now)
+        assert sock.calls == 22 + (2 if code == errno.EIO else 1)
+
+    def test_the_echo_of_an_earlier_error_loses_nothing(self, bench: Bench) -> None:
+        bench.send(GUEST4, 4000, WORLD4, 7, b"first")
+        bench.stack.end_batch(bench.now)
+        sock = bench.sock(GUEST4, 4000)
+        sock.segment_failures.append(OSError(errno.ECONNREFUSED, "the echo"))
+        sock.errors.append(SocketError(errno.ECONNREFUSED, WORLD4, 7, WORLD4, 3, 3, 0, b"first"))
+        for number in range(5):
+            bench.send(GUEST4, 4000, WORLD4, 7, bytes((number,)))
+        bench.ready(GUEST4, 4000, FAILED)
+        bench.stack.end_batch(bench.now)
+        assert len(self.sent(bench)) == 6
+        assert len(bench.stack.taken_errors()) == 1
+
+    def test_a_full_queue_loses_the_call(self, bench: Bench) -> None:
+        bench.send(GUEST4, 4000, WORLD4, 7, b"first")
+        bench.stack.end_batch(bench.now)
+        bench.sock(GUEST4, 4000).segment_failures.append(BlockingIOError(errno.EAGAIN, "full"))
+        for _ in range(5):
+            bench.send(GUEST4, 4000, WORLD4, 7)
+        bench.stack.end_batch(bench.now)
+        assert bench.stack.drops == {"udp_host_queue_full": 5}
+
+    def test_a_flow_that_is_evicted_sends_what_it_has(self, bench: Bench) -> None:
+        bench.stack.limits.udp_flows_per_guest = 1
+        bench.send(GUEST4, 4000, WORLD4, 7, b"one")
+        bench.send(GUEST4, 4000, WORLD4, 7, b"two")
+        sock = bench.sock(GUEST4, 4000)
+        bench.send(GUEST4, 4001, WORLD4, 7, b"three")
+        assert [sent.payload for sent in sock.sent] == [b"one", b"two"]
+        bench.stack.end_batch(bench.now)
+        assert self.sent(bench, 4001) == [b"three"]
+
+
+class TestBursts:
+    """Runs of datagrams of one size toward a guest."""
+
+    def frames(self, bench: Bench) -> list[bytes]:
+        """Every frame of every burst, without the link's prefix, which must tell its length."""
+        frames = []
+        for burst in bench.link.bursts:
+            for row in burst:
+                assert int.from_bytes(row[:4].tobytes(), "big") == len(row) - 4
+                frames.append(row[4:].tobytes())
+        return frames
+
+    @FAMILIES
+    @pytest.mark.parametrize("size", (1, 2, 3, 4, 5, 17, 18, 19, 100, 101, 1200, 1471, 1472 - 20))
+    @pytest.mark.parametrize("merged", (False, True))
+    def test_each_frame_is_what_it_would_have_been_alone(
+        self, bench: Bench, guest: bytes, world: bytes, size: int, merged: bool
+    ) -> None:
+        bench.stack.mtu = 1520
+        bench.send(guest, 4000, world, 7)
+        sock = bench.sock(guest, 4000)
+        payloads = [bytes((number * 7 + at * 13) & 0xFF for at in range(size)) for number in range(40)]
+        payloads[3] = b"\xff" * size
+        payloads[4] = bytes(size)
+        if merged:
+            sock.incoming.append((b"".join(payloads), world, 7, size))
+        else:
+            sock.incoming.extend((payload, world, 7) for payload in payloads)
+        bench.ready(guest, 4000)
+        ethertype = b"\x08\0" if len(guest) == 4 else b"\x86\xdd"
+        expected = [
+            MAC + bench.stack.mac + ethertype + write_packet(world, 7, guest, 4000, payload, 64) for payload in payloads
+        ]
+        assert self.frames(bench) == [frame.ljust(60, b"\0") for frame in expected]
+        assert not bench.stack.packets
+        assert sock.bursts_expected
+        assert bench.flow(guest, 4000).bytes_to_guest == 40 * size
+
+    def test_what_is_no_run_goes_alone_and_in_order(self, bench: Bench) -> None:
+        bench.send(GUEST4, 4000, WORLD4, 7)
+        bench.send(GUEST4, 4000, ROUTER4, 7)
+        sock = bench.sock(GUEST4, 4000)
+        items: list[tuple[bytes, bytes, int]] = [
+            (b"a", WORLD4, 7),
+            (b"", WORLD4, 7),
+            (b"", WORLD4, 7),
+            (b"b", WORLD4, 8),
+            (b"c", ROUTER4, 8),
+            (b"dd", ROUTER4, 8),
+            (b"e", ROUTER4, 8),
+        ]
+        sock.incoming.extend(items)
+        bench.ready(GUEST4, 4000)
+        assert bench.stack.taken() == [
+            write_packet(peer, port, GUEST4, 4000, payload, 64) for payload, peer, port in items
+        ]
+        assert not bench.link.bursts
+        assert not sock.bursts_expected
+
+    def test_a_run_between_others_and_a_shorter_last_one(self, bench: Bench) -> None:
+        bench.send(GUEST4, 4000, WORLD4, 7)
+        sock = bench.sock(GUEST4, 4000)
+        sock.incoming.append((b"alone", WORLD4, 7))
+        sock.incoming.append((b"m" * (20 * 100 + 30), WORLD4, 7, 100))  # what the kernel merged: the last is shorter
+        sock.incoming.append((b"n" * 100, WORLD4, 7))
+        bench.ready(GUEST4, 4000)
+        assert [len(frame) for frame in self.frames(bench)] == [142] * 20
+        assert [packet[28:] for packet in bench.stack.taken()] == [b"alone", b"m" * 30, b"n" * 100]
+
+    def test_a_run_over_the_guests_mtu_is_fragmented(self, bench: Bench) -> None:
+        bench.stack.mtu = 1000
+        bench.send(GUEST4, 4000, WORLD4, 7)
+        bench.sock(GUEST4, 4000).incoming.append((bytes(30 * 1200), WORLD4, 7, 1200))
+        bench.ready(GUEST4, 4000)
+        assert not bench.link.bursts
+        assert len(bench.stack.taken()) == 60
+
+    def test_strangers_runs_are_dropped(self, bench: Bench) -> None:
+        bench.send(GUEST4, 4000, WORLD4, 7)
+        bench.sock(GUEST4, 4000).incoming.append((bytes(2000), ROUTER4, 7, 100))
+        bench.ready(GUEST4, 4000)
+        assert not bench.link.bursts
+        assert not bench.stack.packets
+        assert bench.stack.drops == {"udp_unsolicited": 1}
+
+    def test_the_buffer_holds_what_one_wakeup_takes(self, bench: Bench) -> None:
+        bench.send(GUEST4, 4000, WORLD4, 7)
+        sock = bench.sock(GUEST4, 4000)
+        sock.incoming.extend([(bytes(60_000), WORLD4, 7, 1000)] * 10)
+        for _ in range(10):
+            bench.ready(GUEST4, 4000)
+        assert sum(len(burst) for burst in bench.link.bursts) == 600
+        assert not sock.incoming

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
 
 import dns.flags
 import dns.message
@@ -17,8 +18,8 @@ from netstack.dns.resolvconf import Nameserver
 Behaviour = Callable[[bytes], Iterable[bytes]]
 
 
-def make_query(name: str = "www.example.test", kind: str = "A", ident: int = 0x1234, **settings: object) -> bytes:
-    message = dns.message.make_query(name, kind, **settings)  # type: ignore[arg-type]
+def make_query(name: str = "www.example.test", kind: str = "A", ident: int = 0x1234, **settings: Any) -> bytes:
+    message = dns.message.make_query(name, kind, **settings)
     message.id = ident
     return message.to_wire()
 
@@ -45,7 +46,7 @@ class TestNameserver:
 
     __test__ = False
 
-    def __init__(self, udp: trio.socket.SocketType, tcp: trio.SocketListener, behaviour: Behaviour) -> None:
+    def __init__(self, udp: trio.socket.SocketType, tcp: trio.SocketListener | None, behaviour: Behaviour) -> None:
         self.behaviour = behaviour
         self.tcp_behaviour: Behaviour = lambda query: [address_of(query)]
         self.udp_queries: list[bytes] = []
@@ -66,7 +67,8 @@ class TestNameserver:
                     await self._udp.sendto(answer, source)
 
     async def serve_tcp(self) -> None:
-        await trio.serve_listeners(self._serve_one, [self._tcp])
+        if self._tcp is not None:
+            await trio.serve_listeners(self._serve_one, [self._tcp])
 
     async def _serve_one(self, stream: trio.SocketStream) -> None:
         data = b""
@@ -100,19 +102,14 @@ async def open_nameserver(
             listener.close()
             continue
         break
+    # Bound and not listening, it refuses connections, and nobody else gets the port.
     if tcp:
         listener.listen()
+    server = TestNameserver(udp, trio.SocketListener(listener) if tcp else None, behaviour)
     try:
         async with trio.open_nursery() as nursery:
-            if tcp:
-                server = TestNameserver(udp, trio.SocketListener(listener), behaviour)
-                nursery.start_soon(server.serve_tcp)
-            else:
-                # Bound and not listening: connections are refused, and nobody else gets the port.
-                listening = trio.socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-                listening.listen()
-                server = TestNameserver(udp, trio.SocketListener(listening), behaviour)
             nursery.start_soon(server.serve_udp)
+            nursery.start_soon(server.serve_tcp)
             yield server
             nursery.cancel_scope.cancel()
     finally:

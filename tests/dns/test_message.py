@@ -72,7 +72,10 @@ def test_opt() -> None:
         (make_query(use_edns=0, payload=4096), Opt(4096, 0, False)),
         (make_query(use_edns=0, payload=1232, want_dnssec=True), Opt(1232, 0, True)),
         (make_query(use_edns=1, payload=0), Opt(0, 1, False)),
-        (make_query(use_edns=0, options=[dns.edns.GenericOption(10, b"12345678")]), Opt(1232, 0, False)),
+        (
+            make_query(use_edns=0, options=[dns.edns.GenericOption(dns.edns.OptionType.COOKIE, b"12345678")]),
+            Opt(1232, 0, False),
+        ),
     ):
         question = parse_question(query)
         assert question is not None

@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: a world, a netstack in it, and guests that were booted once for a whole file of tests.
+"""What the end-to-end tests share: a world, a netstack in it, and guests booted once for a whole file of tests.
 
 Everything that a run leaves (netstack's log, the guests' consoles, what was typed into them, a pcap of each card)
 goes to artifacts/e2e/NAME. It is removed when all tests of the file passed; else it stays, and the path is printed at

@@ -181,8 +181,8 @@ class Guest:
         qmp.close()
         self._buffer.clear()
         try:
-            self._wait_ready(BOOT_TIMEOUT)
             self._greet_monitor()
+            self._wait_ready(BOOT_TIMEOUT)
         except BaseException:
             self.stop()
             raise
@@ -293,7 +293,13 @@ class Guest:
     # ---- the wires to QEMU ----
 
     def _wait_ready(self, timeout: float) -> None:
-        self._read_until(re.compile(re.escape(READY)), timeout, "boot")
+        try:
+            self._read_until(re.compile(re.escape(READY)), timeout, "boot")
+        except GuestError as error:
+            # Where it hangs: a guest that has halted, one that runs in circles, and a QEMU that hangs look different here.
+            error.add_note(f"QEMU: {self.monitor('query-status')}")
+            error.add_note(str(self.monitor("human-monitor-command", command_line="info registers")))
+            raise
 
     def _read_until(self, pattern: re.Pattern[bytes], timeout: float, what: str) -> tuple[bytes, int]:
         """What the shell writes up to `pattern`, and the number that the pattern's group names."""

@@ -43,6 +43,7 @@ PROGRAMS = ("iperf3", "curl", "ping", "dhclient", "ip", "tracepath")
 
 # Modules of Python's library that the guest's programs import (tests/lab/rootfs/probe.py).
 PYTHON_MODULES = (
+    "__future__",
     "argparse",
     "contextlib",
     "errno",
@@ -58,6 +59,7 @@ PYTHON_MODULES = (
     "threading",
     "time",
     "traceback",
+    "typing",
     "encodings.idna",
     "encodings.latin_1",
     "encodings.ascii",

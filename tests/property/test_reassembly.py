@@ -5,6 +5,7 @@ And it never raises, never holds more than its limit, and holds nothing any more
 
 from __future__ import annotations
 
+import itertools
 from random import Random
 
 from hypothesis import given
@@ -51,9 +52,7 @@ def datagrams(draw: st.DrawFn) -> tuple[bool, bytes, list[tuple[int, bytes, bool
     last = (len(payload) - 1) // 8
     cuts = sorted(draw(st.sets(st.integers(1, last), min_size=1, max_size=12)))
     bounds = [0, *(cut * 8 for cut in cuts), len(payload)]
-    pieces = [
-        (start, payload[start:end], end < len(payload)) for start, end in zip(bounds, bounds[1:], strict=False)
-    ]
+    pieces = [(start, payload[start:end], end < len(payload)) for start, end in itertools.pairwise(bounds)]
     return ipv6, payload, pieces
 
 

@@ -65,6 +65,10 @@ def open_inside(world: World) -> Iterator[Opener]:
         yield open_one
 
 
+def is_merging(sock: HostDatagramSocket) -> bool:
+    return bool(sock._merging)
+
+
 def wait_error(sock: HostDatagramSocket) -> SocketError:
     assert wait_readable(sock, 0) & select.POLLERR
     error = sock.receive_error()
@@ -98,11 +102,11 @@ def test_there_and_back(world: World, open_inside: Opener, version: int, size: i
         assert received == payload
         peer.sendto(b"answer", source)
         wait_readable(sock)
-        assert sock.receive_from(buffer) == (6, packed(LOOPBACK[version]), port)
+        assert sock.receive_from(buffer) == (6, 6, packed(LOOPBACK[version]), port)
         assert bytes(buffer[:6]) == b"answer"
         peer.sendto(b"", source)
         wait_readable(sock)
-        assert sock.receive_from(buffer) == (0, packed(LOOPBACK[version]), port)
+        assert sock.receive_from(buffer) == (0, 0, packed(LOOPBACK[version]), port)
         with pytest.raises(BlockingIOError):
             sock.receive_from(buffer)
         assert sock.receive_error() is None
@@ -210,6 +214,69 @@ def test_the_path_mtu_is_found_and_then_known(world: World, open_inside: Opener,
         assert len(peer.recv(65536)) == len(payload)
 
 
+@VERSIONS
+@pytest.mark.parametrize("last", (1200, 7))
+def test_segments_leave_in_one_call(open_inside: Opener, world: World, version: int, last: int) -> None:
+    sock = open_inside(version)
+    assert sock.segments
+    payloads = [bytes((number,)) * 1200 for number in range(40)]
+    payloads.append(b"z" * last)
+    with echo_socket(world.host, FAMILY[version], LOOPBACK[version]) as peer:
+        port = peer.getsockname()[1]
+        sock.send_segments([memoryview(each) for each in payloads], 1200, packed(LOOPBACK[version]), port, 64, True)
+        assert [peer.recv(65536) for _ in payloads] == payloads
+
+
+@VERSIONS
+def test_segments_beyond_the_paths_mtu_are_refused_as_a_whole(open_inside: Opener, world: World, version: int) -> None:
+    """On this the core relies: it tries again one by one."""
+    sock = open_inside(version)
+    for dont_fragment in (True, False):
+        with pytest.raises(OSError) as failure:
+            sock.send_segments([bytes(2000)] * 4, 2000, packed(ROUTER[version]), 9, 64, dont_fragment)
+        assert failure.value.errno in (errno.EINVAL, errno.EMSGSIZE)
+
+
+@VERSIONS
+def test_merged_datagrams_are_told_apart(open_inside: Opener, world: World, version: int) -> None:
+    """The kernel merges what was sent as segments, once it has been asked to."""
+    sender, receiver = open_inside(version), open_inside(version, 40200)
+    loopback = packed(LOOPBACK[version])
+    buffer = memoryview(bytearray(65536))
+    sender.send_to(b"before", loopback, 40200, 64, True)
+    receiver.expect_bursts()
+    payloads = [bytes((number,)) * 1000 for number in range(20)] + [b"end"]
+    sender.send_segments(payloads, 1000, loopback, 40200, 64, True)
+    received: list[bytes] = []
+    calls = 0
+    while len(received) < 1 + len(payloads):
+        wait_readable(receiver)
+        length, segment, address, _ = receiver.receive_from(buffer)
+        assert address == loopback
+        calls += 1
+        received += [bytes(buffer[at : min(at + segment, length)]) for at in range(0, length, segment)]
+    assert received == [b"before", *payloads]
+    assert calls < len(received)
+
+
+def test_merging_is_given_up_where_nothing_is_merged(open_inside: Opener) -> None:
+    sender, receiver = open_inside(4), open_inside(4, 40201)
+    buffer = memoryview(bytearray(65536))
+    receiver.expect_bursts()
+    assert is_merging(receiver)
+    for number in range(300):
+        sender.send_to(number.to_bytes(2, "big"), packed("127.0.0.1"), 40201, 64, True)
+        wait_readable(receiver)
+        assert receiver.receive_from(buffer)[:2] == (2, 2)
+        assert bytes(buffer[:2]) == number.to_bytes(2, "big")
+        with contextlib.suppress(BlockingIOError):
+            receiver.receive_from(buffer)
+            pytest.fail("there was only one")
+    assert not is_merging(receiver)
+    receiver.expect_bursts()
+    assert not is_merging(receiver)
+
+
 class Guest:
     """A guest's UDP, through the core, to the real sockets of the world's host."""
 
@@ -237,6 +304,7 @@ class Guest:
             dont_fragment,
             time.monotonic(),
         )
+        self.stack.end_batch(time.monotonic())
 
     def __enter__(self) -> Self:
         return self

@@ -59,7 +59,7 @@ def test_request_and_reply(sock: HostDatagramSocket, version: int, far: bool) ->
     sock.send_to(request(version, 7), address, 0, 64, True)
     wait_readable(sock)
     buffer = memoryview(bytearray(65536))
-    length, source, _ = sock.receive_from(buffer)
+    length, _, source, _ = sock.receive_from(buffer)
     assert source == address
     reply = bytes(buffer[:length])
     assert reply[0] == (0 if version == 4 else 129)

@@ -98,8 +98,9 @@ def test_scapy_agrees_on_echo(ident: int, sequence: int, payload: bytes, repeat:
     ("message", "parameter"),
     (
         (ICMP(type=3, code=4, nexthopmtu=1400), 1400),
-        (ICMP(type=3, code=3), 0),
+        (ICMP(type=3, code=3, nexthopmtu=1400), 0),
         (ICMP(type=12, code=0, ptr=9), 9),
+        (ICMP(type=5, code=4, gw="192.168.5.2"), 0),
         (ICMP(type=11, code=0), 0),
     ),
 )
@@ -142,27 +143,30 @@ def from_guest6(*layers: Packet, **fields: Any) -> bytes:
     return bytes(packet)
 
 
+# Types and codes as the RFCs number them: RFC 792, RFC 1122 3.2.2.1, RFC 1812 5.2.7.1, RFC 1191 4; RFC 4443 3.1 to 3.4.
 PROBLEMS = [
-    icmp.NO_ROUTE,
-    icmp.HOST_UNREACHABLE,
-    icmp.PROTOCOL_UNREACHABLE,
-    icmp.PORT_UNREACHABLE,
-    icmp.PROHIBITED,
-    icmp.TOO_BIG,
-    icmp.TTL_EXCEEDED,
-    icmp.REASSEMBLY_TIMEOUT,
-    icmp.MALFORMED,
+    (icmp.NO_ROUTE, (3, 0), (1, 0)),
+    (icmp.HOST_UNREACHABLE, (3, 1), (1, 3)),
+    (icmp.PROTOCOL_UNREACHABLE, (3, 2), (4, 1)),
+    (icmp.PORT_UNREACHABLE, (3, 3), (1, 4)),
+    (icmp.PROHIBITED, (3, 13), (1, 1)),
+    (icmp.TOO_BIG, (3, 4), (2, 0)),
+    (icmp.TTL_EXCEEDED, (11, 0), (3, 0)),
+    (icmp.REASSEMBLY_TIMEOUT, (11, 1), (3, 1)),
+    (icmp.MALFORMED, (12, 0), (4, 0)),
 ]
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_errors_as_scapy_reads_them(problem: Problem) -> None:
+@pytest.mark.parametrize(("problem", "expected", "_"), PROBLEMS)
+def test_errors_as_scapy_reads_them(problem: Problem, expected: tuple[int, int], _: object) -> None:
     offending = from_guest(UDP(sport=5353, dport=9999), Raw(b"question"), ttl=7)
     error = icmp.write_error(packed(GATEWAY), offending, problem, 40)
     assert error is not None
     packet = IP(error)
     assert (packet.src, packet.dst, packet.proto, packet.len) == (GATEWAY, GUEST, 1, len(error))
-    assert (packet[ICMP].type, packet[ICMP].code) == (problem.type4, problem.code4)
+    # RFC 1812 4.3.2.5: the precedence of network control.
+    assert (packet.tos, packet.ttl) == (0xC0, 64)
+    assert (packet[ICMP].type, packet[ICMP].code) == expected
     assert bytes(packet[IPerror])[: len(offending)] == offending
     assert packet[UDPerror].dport == 9999
     assert sum_words(error[:20]) == sum_words(error[20:]) == 0
@@ -172,16 +176,16 @@ def test_errors_as_scapy_reads_them(problem: Problem) -> None:
         assert packet[ICMP].ptr == 40
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_errors6_as_scapy_reads_them(problem: Problem) -> None:
+@pytest.mark.parametrize(("problem", "_", "expected"), PROBLEMS)
+def test_errors6_as_scapy_reads_them(problem: Problem, _: object, expected: tuple[int, int]) -> None:
     offending = from_guest6(UDP(sport=5353, dport=9999), Raw(b"question"))
     error = icmp.write_error(packed(GATEWAY6), offending, problem, 40, ttl=255)
     assert error is not None
     packet = IPv6(error)
     assert (packet.src, packet.dst, packet.nh, packet.hlim) == (GATEWAY6, GUEST6, 58, 255)
     assert packet.plen == len(error) - 40
-    layer = {1: ICMPv6DestUnreach, 2: ICMPv6PacketTooBig, 3: ICMPv6TimeExceeded, 4: ICMPv6ParamProblem}[problem.type6]
-    assert packet[layer].code == problem.code6
+    layer = {1: ICMPv6DestUnreach, 2: ICMPv6PacketTooBig, 3: ICMPv6TimeExceeded, 4: ICMPv6ParamProblem}[expected[0]]
+    assert packet[layer].code == expected[1]
     assert bytes(packet[IPerror6]) == offending
     assert packet[UDPerror6].dport == 9999
     assert (sum_words(error[40:]) + pseudo_sum(error[8:24], error[24:40], 58, len(error) - 40)) % 65535 == 0
@@ -222,6 +226,12 @@ def test_a_parameter_too_large_for_its_field_is_the_largest() -> None:
     error = icmp.write_error(packed(GATEWAY), offending, icmp.MALFORMED, 256)
     assert error is not None
     assert error[24:28] == b"\xff\0\0\0"
+    error = icmp.write_error(packed(GATEWAY6), from_guest6(UDP()), icmp.TOO_BIG, 1 << 32)
+    assert error is not None
+    assert error[44:48] == b"\xff\xff\xff\xff"
+    error = icmp.write_error(packed(GATEWAY6), from_guest6(UDP()), icmp.TOO_BIG)
+    assert error is not None
+    assert error[44:48] == bytes(4)
     error = icmp.write_error(packed(GATEWAY), offending, icmp.PORT_UNREACHABLE, 1234)
     assert error is not None
     assert error[24:28] == bytes(4)
@@ -247,6 +257,10 @@ def test_an_error_from_the_other_family_is_not_written() -> None:
         from_guest6(IPv6ExtHdrFragment(nh=17, m=1), Raw(bytes(16))),
         from_guest6(Raw(b"x"), nh=99),
         from_guest6(UDP(), src="fe80::1"),
+        # The last and first hosts beside the ranges that are none.
+        from_guest(UDP(), src="1.0.0.1", dst="223.255.255.254"),
+        from_guest(UDP(), src="223.255.255.254", dst="1.0.0.1"),
+        from_guest6(UDP(), src="::2", dst="::2"),
     ),
 )
 def test_what_may_be_answered_with_an_error(packet: bytes) -> None:

@@ -61,24 +61,37 @@ def probe_udp(
     """Send datagrams of the pattern one after the other, each when the answer to the last has come."""
     payload = pattern(int(length))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    lost, times, text = 0, [], ""
+    lost, times, text, too_big = 0, [], "", False
     with socket.socket(family, socket.SOCK_DGRAM) as sender:
         sender.bind(("", int(source_port)))
         sender.connect((host, int(port)))
         sender.settimeout(float(wait))
         for _ in range(int(count)):
             start = time.monotonic()
-            sender.send(payload)
+            try:
+                sender.send(payload)
+            except OSError as error:
+                # An earlier datagram was too big for some link of the path. Now the kernel knows, and makes fragments.
+                if error.errno != errno.EMSGSIZE:
+                    raise
+                too_big = True
+                sender.send(payload)
             try:
                 answer = sender.recv(1 << 16)
             except TimeoutError:
                 lost += 1
                 continue
+            except OSError as error:
+                if error.errno != errno.EMSGSIZE:
+                    raise
+                too_big = True
+                sender.send(payload)
+                answer = sender.recv(1 << 16)
             times.append(time.monotonic() - start)
             text = answer[:200].decode(errors="replace")
             if answer != payload and port == "7":
                 return {"error": "DIFFERENT", "length": len(answer)}
-    return {"lost": lost, "answered": len(times), "best": min(times, default=None), "text": text}
+    return {"lost": lost, "answered": len(times), "best": min(times, default=None), "text": text, "too_big": too_big}
 
 
 def probe_echo(host: str, port: str, length: str) -> dict[str, Any]:

@@ -1,0 +1,103 @@
+"""What every command owes: help with an example, one line for a mistake, and the right exit status."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from netstack.cli import COMMANDS, main
+from netstack.version import __version__
+from tests.cli.programs import netstack
+
+EVERY_COMMAND = [[], *([name] for name in COMMANDS), ["pcap", "show"]]
+
+
+@pytest.mark.parametrize("command", EVERY_COMMAND, ids=" ".join)
+@pytest.mark.parametrize("flag", ("--help", "-h"))
+def test_help_has_an_example(command: list[str], flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, flag]) == 0
+    shown = capsys.readouterr()
+    words = " ".join(["netstack", *command])
+    assert shown.out.startswith(f"Usage: {words}")
+    assert f"Example: {words}" in " ".join(shown.out.split())
+    assert shown.err == ""
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"netstack {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    (
+        ("nonsense", "No such command 'nonsense'; see netstack --help"),
+        ("--nonsense", "No such option: --nonsense"),
+        ("run --mtuu 3", "No such option: --mtuu"),
+        ("run --mtu", "--mtu"),
+        ("run --mtu x", "Invalid value for '--mtu'"),
+        ("run --mtu 1", "--mtu 1 must be 1280 or more"),
+        ("run --subnet 192.168.5.7/24", "--subnet 192.168.5.7/24 is an address in a network; write 192.168.5.0/24"),
+        ("run --link tap://tap0", "--link tap://tap0: links of the kind tap: are not supported yet"),
+        ("run --api tcp://0.0.0.0:1", "--api tcp://0.0.0.0:1: the API is served on loopback only"),
+        ("run --log-level loud", "--log-level loud must be"),
+        ("run --log-format xml", "--log-format xml must be 'console' or 'json'"),
+        ("run -p 8080:80", "-p 8080:80: forwards come with a later version"),
+        ("run --config /none.toml", "/none.toml: No such file or directory"),
+        ("run --ready-fd 999", "--ready-fd 999: no such open file descriptor"),
+        ("run --pidfile /none/n.pid", "--pidfile /none/n.pid: there is no directory /none"),
+        ("run surplus", "Got unexpected extra argument(s) (surplus)"),
+        ("qemu", "Missing argument"),
+        ("qemu -- no-such-qemu", "no-such-qemu: no such program; install QEMU"),
+        ("qemu --mac 1 -- true", "--mac 1 must be a MAC address"),
+        ("qemu -- true -daemonize", "-daemonize: this network lives as long as QEMU does"),
+        ("qemu --mtu 1 -- true", "--mtu 1 must be 1280 or more"),
+        ("status --api http://x", "http://x: the API listens at unix:///PATH"),
+        ("status --api tcp://127.0.0.1:9", "name the API's token with --token-file"),
+        ("pcap show /none.pcap", "/none.pcap: No such file or directory"),
+        ("pcap show /", "/: Is a directory"),
+        ("pcap show --limit -1 x", "Invalid value for '--limit'"),
+    ),
+)
+def test_bad_input_is_one_line_and_status_2(
+    line: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert main(line.split()) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("netstack: ")
+    assert words in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_a_mistake_in_the_file_names_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "n.toml"
+    file.write_text("[network]\nmtu = 1500\nsubnett = 'auto'\n")
+    assert main(["run", "-c", str(file)]) == 2
+    assert capsys.readouterr().err == f"netstack: {file}:3: unknown key 'subnett' in network; did you mean subnet?\n"
+
+
+def test_nothing_to_do_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ([], ["pcap"]):
+        assert main(command) == 2
+        assert "Usage: netstack" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module(tmp_path: Path) -> None:
+    shown = netstack(tmp_path, "--version")
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, f"netstack {__version__}\n", "")
+
+
+def test_a_start_imports_nothing_that_it_does_not_use() -> None:
+    # What `netstack run` imports before it is ready; the time it has for that is half a second.
+    program = (
+        "import sys, netstack.cli.run, netstack.cli.service, netstack.cli.serving, netstack.gateway;"
+        "heavy = {'rich', 'structlog', 'scapy', 'hypercorn', 'starlette', 'httpx', 'h11', 'asyncio', 'tomllib'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert shown.stdout == "[]\n"

@@ -1,0 +1,548 @@
+"""The front of the DNS service: what it turns away, how much it takes on, and its TCP."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+import dns.asyncquery
+import dns.flags
+import dns.message
+import dns.rcode
+import pytest
+import trio
+import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
+
+from netstack.core.ports import Datagram
+from netstack.dns import server as front
+from netstack.dns.local import LocalNames
+from netstack.dns.message import MAX_UDP
+from netstack.dns.server import DnsServer, RelayResolver
+from netstack.dns.upstream import Upstream
+from tests.dns.nameserver import TestNameserver, address_of, make_answer, make_query, open_nameserver
+
+LOCAL = LocalNames(
+    "netstack.internal", {"host.netstack.internal": (bytes((192, 168, 5, 2)),)}, (IPv4Network("192.168.5.0/24"),)
+)
+
+Answer = Callable[[bytes], Awaitable[bytes]]
+
+
+@dataclass
+class ScriptedResolver:
+    """Answers as a test says; keeps the queries."""
+
+    answer: Answer
+    queries: list[tuple[bytes, bool]] = field(default_factory=list)
+
+    async def resolve(self, query: bytes, *, tcp: bool) -> bytes:
+        self.queries.append((query, tcp))
+        return await self.answer(query)
+
+
+async def at_once(query: bytes) -> bytes:
+    return address_of(query)
+
+
+class Front:
+    """A DnsServer whose guests are in this process."""
+
+    def __init__(self, nursery: trio.Nursery, answer: Answer = at_once) -> None:
+        self.resolver = ScriptedResolver(answer)
+        self.nursery = nursery
+        self.answers: list[tuple[Datagram, bytes]] = []
+        self.warnings: list[str] = []
+        self.server = DnsServer(self.resolver, nursery, self._reply, events=self)
+        self._answered = trio.Event()
+
+    def _reply(self, datagram: Datagram, answer: bytes) -> None:
+        self.answers.append((datagram, answer))
+        self._answered.set()
+
+    # What it uses of core.ports.Events.
+    debug = False
+
+    def flow_opened(self, protocol: str, guest: str, peer: str) -> None: ...
+    def flow_closed(self, protocol: str, guest: str, peer: str, why: str, from_guest: int, to_guest: int) -> None: ...
+    def info(self, message: str, **fields: object) -> None: ...
+
+    def warning(self, key: str, message: str, **fields: object) -> None:
+        self.warnings.append(key)
+
+    def send(self, query: bytes, link: Any = "link") -> None:
+        guest = bytes((192, 168, 5, 15))
+        self.server.on_datagram(
+            Datagram(query, link, b"\x52\x54\0\0\0\1", guest, 5353, bytes((192, 168, 5, 3)), 53), 0.0
+        )
+
+    async def ask(self, query: bytes) -> bytes:
+        """Send a datagram, wait for its answer."""
+        self._answered = trio.Event()
+        self.send(query)
+        with trio.fail_after(60):
+            await self._answered.wait()
+        return self.answers[-1][1]
+
+    def connect(self, guest: object = "guest") -> trio.StapledStream[Any, Any]:
+        ours, theirs = trio.testing.memory_stream_pair()
+        self.nursery.start_soon(self.server.serve_stream, theirs, guest)
+        return ours
+
+
+def framed(*queries: bytes) -> bytes:
+    return b"".join(len(query).to_bytes(2, "big") + query for query in queries)
+
+
+async def receive(stream: trio.abc.ReceiveStream, count: int) -> list[bytes]:
+    """Read so many answers."""
+    data = b""
+    answers: list[bytes] = []
+    with trio.fail_after(600):  # of a clock that jumps, in some tests
+        while len(answers) < count:
+            while len(data) >= 2 and len(data) >= 2 + int.from_bytes(data[:2], "big"):
+                end = 2 + int.from_bytes(data[:2], "big")
+                answers.append(data[2:end])
+                data = data[end:]
+            if len(answers) < count:
+                chunk = await stream.receive_some()
+                assert chunk, f"the connection ended after {len(answers)} answers"
+                data += chunk
+    assert not data
+    return answers
+
+
+# UDP.
+
+
+async def test_a_datagram_is_answered(nursery: trio.Nursery) -> None:
+    it = Front(nursery)
+    query = make_query(ident=0xABCD)
+    assert await it.ask(query) == address_of(query)
+    assert it.resolver.queries == [(query, False)]
+    assert it.answers[0][0].src_port == 5353
+
+
+@pytest.mark.parametrize("message", (b"", b"\x12\x34\x01", make_query()[:11], address_of(make_query())))
+async def test_what_is_no_query_gets_no_answer(nursery: trio.Nursery, message: bytes) -> None:
+    it = Front(nursery)
+    it.send(message)
+    await trio.testing.wait_all_tasks_blocked()
+    assert it.answers == []
+    assert it.resolver.queries == []
+
+
+def with_opcode(opcode: int) -> bytes:
+    query = bytearray(make_query())
+    query[2] |= opcode << 3
+    return bytes(query)
+
+
+@pytest.mark.parametrize(
+    ("query", "rcode"),
+    (
+        (with_opcode(1), "NOTIMP"),
+        (with_opcode(2), "NOTIMP"),
+        (with_opcode(4), "NOTIMP"),
+        (with_opcode(5), "NOTIMP"),
+        (make_query()[:4] + b"\0\0" + make_query()[6:], "FORMERR"),
+        (make_query()[:4] + b"\0\2" + make_query()[6:], "FORMERR"),
+        (make_query()[:12], "FORMERR"),
+        (make_query()[:12] + b"\x40x\0\0\1\0\1", "FORMERR"),
+        (make_query()[:12] + b"\xc0\x0c\0\1\0\1", "FORMERR"),
+        (make_query(kind="AXFR"), "REFUSED"),
+        (make_query(kind="IXFR"), "REFUSED"),
+        (make_query(use_edns=1), "BADVERS"),
+    ),
+)
+async def test_what_cannot_be_resolved_is_refused(nursery: trio.Nursery, query: bytes, rcode: str) -> None:
+    it = Front(nursery)
+    answer = await it.ask(query)
+    assert answer[:2] == query[:2]
+    assert answer[2] & 0xF8 == query[2] & 0x78 | 0x80
+    full = answer[3] & 15 | (answer[-6] << 4 if rcode == "BADVERS" else 0)
+    assert dns.rcode.to_text(dns.rcode.Rcode(full)).replace("BADSIG", "BADVERS") == rcode
+    assert it.resolver.queries == []
+    by_tcp = it.connect()
+    await by_tcp.send_all(framed(query))
+    assert await receive(by_tcp, 1) == [answer]
+    await by_tcp.aclose()
+
+
+async def test_trailing_bytes_do_no_harm(nursery: trio.Nursery) -> None:
+    assert (await Front(nursery, lambda query: at_once(make_query())).ask(make_query() + b"xyz"))[3] & 15 == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "limit"), ((None, 512), (0, 512), (511, 512), (1232, 1232), (4096, MAX_UDP), (65535, MAX_UDP))
+)
+async def test_answers_by_udp_have_the_size_that_the_guest_takes(
+    nursery: trio.Nursery, size: int | None, limit: int
+) -> None:
+    query = make_query() if size is None else make_query(use_edns=0, payload=size)
+    long = address_of(query).ljust(limit, b"\0")
+
+    async def just_fits(sent: bytes) -> bytes:
+        return long
+
+    async def too_long(sent: bytes) -> bytes:
+        return long + b"\0"
+
+    assert await Front(nursery, just_fits).ask(query) == long
+    answer = dns.message.from_wire(await Front(nursery, too_long).ask(query))
+    assert answer.flags & dns.flags.TC
+    assert answer.question == dns.message.from_wire(query).question
+    assert not answer.answer
+    assert (answer.edns == 0) == (size is not None)
+
+
+async def test_a_bug_in_the_resolver_is_a_servfail_and_ends_nothing(nursery: trio.Nursery) -> None:
+    async def broken(query: bytes) -> bytes:
+        raise IndexError("a bug")
+
+    it = Front(nursery, broken)
+    for _ in range(2):
+        assert (await it.ask(make_query()))[3] & 15 == dns.rcode.SERVFAIL
+    assert it.warnings == ["dns_failed"] * 2
+    assert it.server.queries.total == 0
+
+
+async def test_slow_queries_do_not_delay_others(nursery: trio.Nursery) -> None:
+    slow = trio.Event()
+
+    async def answer(query: bytes) -> bytes:
+        if b"slow" in query:
+            await slow.wait()
+        return address_of(query)
+
+    it = Front(nursery, answer)
+    it.send(make_query("slow.test", ident=1))
+    assert (await it.ask(make_query(ident=2)))[:2] == b"\0\2"
+    slow.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert [sent[:2] for _, sent in it.answers] == [b"\0\2", b"\0\1"]
+
+
+async def test_the_same_id_for_two_types_is_answered_twice(nursery: trio.Nursery) -> None:
+    """Old resolvers ask A and AAAA with one ID from one port."""
+    it = Front(nursery)
+    for kind in ("A", "AAAA"):
+        it.send(make_query(kind=kind, ident=7))
+    await trio.testing.wait_all_tasks_blocked()
+    kinds = {dns.message.from_wire(answer).question[0].rdtype for _, answer in it.answers}
+    assert kinds == {dns.rdatatype.A, dns.rdatatype.AAAA}
+
+
+async def test_too_many_queries_are_answered_servfail_at_once(nursery: trio.Nursery) -> None:
+    gate = trio.Event()
+
+    async def answer(query: bytes) -> bytes:
+        await gate.wait()
+        return address_of(query)
+
+    it = Front(nursery, answer)
+    for number in range(front.MAX_QUERIES_OF_GUEST + 50):
+        it.send(make_query(ident=number), "greedy")
+    assert len(it.answers) == 50
+    assert all(sent[3] & 15 == dns.rcode.SERVFAIL for _, sent in it.answers)
+    # Others have room until all of it is taken.
+    for guest in range(10):
+        for number in range(front.MAX_QUERIES_OF_GUEST):
+            it.send(make_query(ident=number), f"guest {guest}")
+    await trio.testing.wait_all_tasks_blocked()
+    assert it.server.queries.total == front.MAX_QUERIES == len(it.resolver.queries)
+    assert set(it.warnings) == {"dns_too_many"}
+    gate.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert it.server.queries.total == 0
+    assert not it.server.queries.used
+    assert len(it.answers) == front.MAX_QUERIES_OF_GUEST * 11 + 50
+    assert (await it.ask(make_query()))[3] & 15 == 0
+
+
+# TCP.
+
+
+@pytest.mark.parametrize("seed", range(25))
+async def test_queries_may_be_cut_anywhere(nursery: trio.Nursery, seed: int) -> None:
+    chance = random.Random(seed)
+    queries = [make_query(f"{'x' * chance.randrange(1, 60)}.test", ident=number) for number in range(10)]
+    data = framed(*queries)
+    cuts = sorted(chance.randrange(len(data)) for _ in range(chance.randrange(8)))
+    stream = Front(nursery).connect()
+    for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True):
+        if start < end:
+            await stream.send_all(data[start:end])
+        await trio.testing.wait_all_tasks_blocked()
+    assert sorted(await receive(stream, 10)) == sorted(map(address_of, queries))
+    await stream.aclose()
+
+
+async def test_queries_may_come_byte_by_byte(nursery: trio.Nursery) -> None:
+    it = Front(nursery)
+    stream = it.connect()
+    for byte in framed(make_query(ident=1), make_query(ident=2)):
+        await stream.send_all(bytes((byte,)))
+        await trio.testing.wait_all_tasks_blocked()
+    assert len(await receive(stream, 2)) == 2
+    assert [tcp for _, tcp in it.resolver.queries] == [True, True]
+    await stream.aclose()
+
+
+async def test_answers_leave_when_they_are_ready(nursery: trio.Nursery) -> None:
+    slow = trio.Event()
+
+    async def answer(query: bytes) -> bytes:
+        if query[:2] == b"\0\0":
+            await slow.wait()
+        return address_of(query)
+
+    stream = Front(nursery, answer).connect()
+    await stream.send_all(framed(*(make_query(ident=number) for number in range(10))))
+    assert {sent[:2] for sent in await receive(stream, 9)} == {bytes((0, number)) for number in range(1, 10)}
+    slow.set()
+    assert (await receive(stream, 1))[0][:2] == b"\0\0"
+    await stream.aclose()
+
+
+async def test_a_half_closed_connection_is_answered_and_then_closed(nursery: trio.Nursery) -> None:
+    gate = trio.Event()
+
+    async def answer(query: bytes) -> bytes:
+        await gate.wait()
+        return address_of(query)
+
+    it = Front(nursery, answer)
+    stream = it.connect()
+    await stream.send_all(framed(make_query(ident=1), make_query(ident=2)))
+    await stream.send_eof()
+    await trio.testing.wait_all_tasks_blocked()
+    assert it.server.connections.total == 1
+    gate.set()
+    assert len(await receive(stream, 2)) == 2
+    assert await stream.receive_some() == b""
+    await trio.testing.wait_all_tasks_blocked()
+    assert it.server.connections.total == it.server.queries.total == 0
+
+
+async def test_answers_by_tcp_are_whole(nursery: trio.Nursery) -> None:
+    records = [f"www.example.test. 60 IN A 10.0.{number // 250}.{number % 250}" for number in range(3000)]
+
+    async def answer(query: bytes) -> bytes:
+        return make_answer(query, *records)
+
+    stream = Front(nursery, answer).connect()
+    await stream.send_all(framed(make_query()))
+    (answer_bytes,) = await receive(stream, 1)
+    assert len(dns.message.from_wire(answer_bytes).answer[0]) == 3000
+    await stream.aclose()
+
+
+@pytest.mark.parametrize("length", (0, 1, 11, front.MAX_TCP_QUERY + 1, 65535))
+async def test_a_bad_length_ends_the_connection(nursery: trio.Nursery, length: int) -> None:
+    it = Front(nursery)
+    stream = it.connect()
+    await stream.send_all(length.to_bytes(2, "big") + b"x" * 20)
+    assert await stream.receive_some() == b""
+    await trio.testing.wait_all_tasks_blocked()
+    assert it.server.connections.total == 0
+    assert it.server.counters["dns_malformed"] == 1
+
+
+async def test_an_answer_by_tcp_ends_in_silence_and_the_connection_lives(nursery: trio.Nursery) -> None:
+    stream = Front(nursery).connect()
+    await stream.send_all(framed(address_of(make_query()), make_query(ident=9)))
+    assert (await receive(stream, 1))[0][:2] == b"\0\x09"
+    await stream.aclose()
+
+
+async def test_an_idle_connection_is_closed(nursery: trio.Nursery, autojump_clock: trio.testing.MockClock) -> None:
+    stream = Front(nursery).connect()
+    await stream.send_all(framed(make_query()))
+    await receive(stream, 1)
+    began = trio.current_time()
+    assert await stream.receive_some() == b""
+    assert trio.current_time() - began == pytest.approx(front.IDLE_TIMEOUT)
+
+
+async def test_a_connection_that_waits_for_an_answer_is_not_idle(
+    nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def answer(query: bytes) -> bytes:
+        await trio.sleep(front.IDLE_TIMEOUT * 3)
+        return address_of(query)
+
+    stream = Front(nursery, answer).connect()
+    await stream.send_all(framed(make_query()))
+    assert await receive(stream, 1) == [address_of(make_query())]
+    await stream.aclose()
+
+
+async def test_a_guest_that_does_not_read_is_let_go(
+    nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    it = Front(nursery)
+    ours, theirs = trio.testing.lockstep_stream_pair()  # send_all waits until it is read
+    nursery.start_soon(it.server.serve_stream, theirs, "guest")
+    await ours.send_all(framed(*(make_query(ident=number) for number in range(20))))
+    await trio.sleep(front.WRITE_TIMEOUT + 1)
+    assert it.server.connections.total == it.server.queries.total == 0
+
+
+async def test_a_guest_that_goes_away_leaves_nothing_behind(nursery: trio.Nursery) -> None:
+    gate = trio.Event()
+
+    async def answer(query: bytes) -> bytes:
+        await gate.wait()
+        return address_of(query)
+
+    it = Front(nursery, answer)
+    stream = it.connect()
+    await stream.send_all(framed(make_query()))
+    await trio.testing.wait_all_tasks_blocked()
+    await stream.aclose()
+    gate.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert it.server.connections.total == it.server.queries.total == 0
+
+
+async def test_connections_are_bounded(nursery: trio.Nursery) -> None:
+    it = Front(nursery)
+    streams = [it.connect("greedy") for _ in range(front.MAX_CONNECTIONS_OF_GUEST + 3)]
+    await trio.testing.wait_all_tasks_blocked()
+    assert it.server.counters["dns_tcp_refused"] == 3
+    other = it.connect("other")
+    await other.send_all(framed(make_query()))
+    assert len(await receive(other, 1)) == 1
+    for stream in (*streams, other):
+        await stream.aclose()
+    await trio.testing.wait_all_tasks_blocked()
+    assert it.server.connections.total == 0
+
+
+@given(st.lists(st.binary(max_size=60), max_size=6), st.integers(0, 2**32))
+def test_any_bytes_are_survived(pieces: list[bytes], seed: int) -> None:
+    chance = random.Random(seed)
+
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            it = Front(nursery)
+            stream = it.connect()
+            for piece in pieces:
+                query = bytearray(make_query(use_edns=0))
+                for position, byte in enumerate(piece):
+                    query[(chance.randrange(len(query)) + position) % len(query)] = byte
+                it.send(piece)
+                it.send(bytes(query))
+                try:
+                    await stream.send_all(framed(bytes(query)) + piece)
+                except trio.BrokenResourceError:
+                    stream = it.connect()
+                await trio.testing.wait_all_tasks_blocked()
+            await stream.aclose()
+            await trio.testing.wait_all_tasks_blocked()
+            assert it.server.queries.total == it.server.connections.total == 0
+            nursery.cancel_scope.cancel()
+
+    async def echo(query: bytes) -> bytes:
+        return query
+
+    trio.run(run)
+
+
+# The whole relay: front, own names, a nameserver.
+
+
+def make_relay(nursery: trio.Nursery, nameserver: TestNameserver | None) -> Front:
+    it = Front(nursery)
+    nameservers = () if nameserver is None else (nameserver.nameserver,)
+    it.server.resolver = RelayResolver(LOCAL, Upstream(lambda: nameservers))
+    return it
+
+
+async def ask_relay(it: Front, query: bytes) -> dns.message.Message:
+    return dns.message.from_wire(await it.ask(query))
+
+
+async def test_the_relay(nursery: trio.Nursery) -> None:
+    async with open_nameserver() as nameserver:
+        it = make_relay(nursery, nameserver)
+        answer = await ask_relay(it, make_query("host.netstack.internal"))
+        assert answer.answer[0][0].to_text() == "192.168.5.2"
+        assert nameserver.udp_queries == []
+        answer = await ask_relay(it, make_query("www.example.test"))
+        assert answer.answer[0][0].to_text() == "192.0.2.1"
+        stream = it.connect()
+        await stream.send_all(framed(make_query("a.test", ident=1), make_query("host.netstack.internal", ident=2)))
+        assert {sent[:2] for sent in await receive(stream, 2)} == {b"\0\1", b"\0\2"}
+        assert len(nameserver.tcp_queries) == len(nameserver.udp_queries) == 1
+        await stream.aclose()
+
+
+async def test_without_nameservers_the_answer_is_servfail(nursery: trio.Nursery) -> None:
+    it = make_relay(nursery, None)
+    assert (await ask_relay(it, make_query())).rcode() == dns.rcode.SERVFAIL
+    assert (await ask_relay(it, make_query("host.netstack.internal"))).rcode() == dns.rcode.NOERROR
+    assert it.server.counters["dns_servfail"] == 1
+
+
+async def test_a_truncated_answer_is_fetched_by_tcp(nursery: trio.Nursery) -> None:
+    records = [f"big.test. 60 IN A 10.0.0.{number}" for number in range(200)]
+    async with open_nameserver(lambda query: [make_answer(query, flags=dns.flags.TC)]) as nameserver:
+        nameserver.tcp_behaviour = lambda query: [make_answer(query, *records)]
+        it = make_relay(nursery, nameserver)
+        answer = await ask_relay(it, make_query("big.test"))
+        assert answer.flags & dns.flags.TC
+        stream = it.connect()
+        await stream.send_all(framed(make_query("big.test")))
+        assert len(dns.message.from_wire((await receive(stream, 1))[0]).answer[0]) == 200
+        await stream.aclose()
+
+
+@pytest.mark.needs("dnsmasq")
+async def test_dnsmasq_as_the_nameserver(nursery: trio.Nursery, tmp_path: Path) -> None:
+    """A real one, with no nameserver of its own to ask: records by UDP and TCP, NODATA, NXDOMAIN, REFUSED."""
+    async with open_nameserver() as placeholder:
+        port = placeholder.port
+    process = await trio.lowlevel.open_process(
+        [
+            *("/usr/sbin/dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts"),
+            *("--listen-address=127.0.0.1", "--bind-interfaces", f"--port={port}", "--user=root", "--pid-file="),
+            *("--host-record=www.example.test,192.0.2.7", "--local=/example.test/"),
+            *(f"--txt-record=big.example.test,{'x' * 200},{'y' * 200},{'z' * 200}",),
+        ]
+    )
+    try:
+        probe = dns.message.make_query("www.example.test", "A")
+        with trio.fail_after(30):
+            while True:
+                try:
+                    await dns.asyncquery.udp(probe, "127.0.0.1", port=port, timeout=1)
+                    break
+                except (OSError, dns.exception.Timeout):
+                    assert process.poll() is None
+        placeholder.nameserver = placeholder.nameserver._replace(port=port)
+        it = make_relay(nursery, placeholder)
+        answer = await ask_relay(it, make_query("www.example.test", use_edns=0))
+        assert answer.answer[0][0].to_text() == "192.0.2.7"
+        assert answer.edns == 0
+        answer = await ask_relay(it, make_query("WWW.example.test", "AAAA"))
+        assert (answer.rcode(), answer.answer) == (dns.rcode.NOERROR, [])
+        assert (await ask_relay(it, make_query("no.example.test"))).rcode() == dns.rcode.NXDOMAIN
+        assert (await ask_relay(it, make_query("elsewhere.test"))).rcode() == dns.rcode.REFUSED
+        answer = await ask_relay(it, make_query("big.example.test", "TXT"))
+        assert answer.flags & dns.flags.TC
+        stream = it.connect()
+        await stream.send_all(framed(make_query("big.example.test", "TXT")))
+        ((wire,),) = [await receive(stream, 1)]
+        assert len(dns.message.from_wire(wire).answer[0][0].strings) == 3
+        await stream.aclose()
+    finally:
+        process.terminate()
+        with trio.CancelScope(shield=True):
+            await process.wait()
