@@ -67,7 +67,7 @@ class AddressWire:
                 self.send6(message)
             if select.select([self.wire], [], [], 0.05)[0]:
                 frame, source = self.wire.recvfrom(65536)
-                if source[2] != socket.PACKET_OUTGOING:  # type: ignore[attr-defined]
+                if source[2] != socket.PACKET_OUTGOING:
                     self.on_frame(frame, time.monotonic())
 
     def on_frame(self, frame: bytes, now: float) -> None:

@@ -88,7 +88,7 @@ def test_udhcpc(tmp_path: Path) -> None:
 @pytest.mark.needs("netns", "ip", "dhclient")
 def test_dhclient(tmp_path: Path) -> None:
     client = "dhclient -4 -v -sf $HOOK -lf $PWD/leases -pf $PWD/pid"
-    outcome = run_guest(tmp_path, f"{client} -1 guest0\n{client} -r guest0\n{client} -1 guest0\n{client} -x guest0")
+    outcome = run_guest(tmp_path, f"{client} -1 guest0\n{client} -r guest0\n{client} -1 guest0\nkill $(cat pid)")
     told = outcome.told("BOUND")
     assert told["new_ip_address"] == "192.168.5.15"
     assert told["new_domain_search"] == "netstack.internal. corp.example."
@@ -108,7 +108,7 @@ def test_dhclient_reboots_into_its_address(tmp_path: Path) -> None:
     )
     (tmp_path / "leases").write_text(lease + "\n")
     client = "dhclient -4 -v -sf $HOOK -lf $PWD/leases -pf $PWD/pid"
-    outcome = run_guest(tmp_path, f"{client} -1 guest0\n{client} -x guest0")
+    outcome = run_guest(tmp_path, f"{client} -1 guest0\nkill $(cat pid)")
     assert outcome.told("REBOOT")["new_ip_address"] == "192.168.5.77"
     assert outcome.counters == {"dhcp_ack": 1}
 
@@ -127,7 +127,7 @@ def test_dhclient_for_ipv6(tmp_path: Path) -> None:
 @pytest.mark.needs("netns", "ip", "dhclient")
 def test_dhclient_for_ipv6_without_an_address(tmp_path: Path) -> None:
     client = "dhclient -6 -S -v -sf $HOOK -lf $PWD/leases -pf $PWD/pid"
-    outcome = run_guest(tmp_path, f"wait_address link\n{client} -1 guest0\n{client} -x guest0")
+    outcome = run_guest(tmp_path, f"wait_address link\n{client} -1 guest0\nkill $(cat pid)")
     assert outcome.told("RENEW6")["new_dhcp6_name_servers"] == "fd00:c0a8:5::3"
     assert outcome.counters == {"dhcpv6_inform": 1}
 
@@ -145,7 +145,7 @@ def test_the_kernel_believes_the_router(tmp_path: Path) -> None:
         cat /proc/sys/net/ipv6/conf/guest0/mtu > mtu
         """,
     )
-    ((address,),) = [interface["addr_info"] for interface in outcome.kernel("addresses")]
+    (address,) = [address for interface in outcome.kernel("addresses") for address in interface.get("addr_info", ())]
     assert address["local"] == "fd00:c0a8:5:0:5054:ff:fe12:3456"
     assert 86000 < address["valid_life_time"] <= 86400
     assert 14000 < address["preferred_life_time"] <= 14400
