@@ -38,6 +38,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", metavar="SECTIONS", help=f"only these, separated by commas: {', '.join(ALL)}")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds whose median counts (3)")
     parser.add_argument("--idle", metavar="COUNTS", help="numbers of idle connections, separated by commas (1000)")
+    parser.add_argument("--python-relay", action="store_true", help="the relay in Python, as where no C compiler is")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where latest.json and latest.png go (benchmarks/results)"
     )
@@ -96,7 +97,7 @@ def main(arguments: list[str]) -> int:
     peers = choose_peers(options.peers, notes)
     console = make_console()
     with Lab() as lab:
-        relay, relay_name = build_relay(lab.directory)
+        relay, relay_name = build_relay(lab.directory, compiled=not options.python_relay)
         notes.append(f"relay: {relay_name}")
         notes.append(
             "qemu-user: QEMU without a machine, its user netdev joined by a hub to the same stream as the others"
@@ -125,10 +126,10 @@ def main(arguments: list[str]) -> int:
     console.print(f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}, Linux {machine['kernel']}; "
                   f"{'; '.join(versions.values())}; relay: {relay_name}; {time.monotonic() - clock:.0f} s")  # fmt: skip
     # Runs that are short or leave something out do not replace the figures of a whole one.
-    whole = not (options.quick or options.only or options.peers)
+    whole = not (options.quick or options.only or options.peers or options.python_relay)
     out = options.out or HERE / "results"
     name = "latest" if whole or options.out else "partial"
-    write_results(document, out / f"{name}.json", HERE / "history.jsonl" if options.out is None else None)
+    write_results(document, out / name, HERE / "history.jsonl" if options.out is None else None)
     try:
         from benchmarks.plot import write_plot
 
@@ -136,7 +137,7 @@ def main(arguments: list[str]) -> int:
         write_plot(figures, out / f"{name}.png", caption)
     except ImportError:
         console.print("no picture: matplotlib is not installed (pip install matplotlib)")
-    console.print(f"written: {out / name}.json")
+    console.print(f"written: {out / name}.json, .md")
     return 0
 
 

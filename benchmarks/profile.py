@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     from benchmarks.peers import Attachment
 
+# Where the process waits for something to do: no work, and not counted.
+WAITING = ("EpollIOManager.get_events", "KqueueIOManager.get_events")
+
 LOADS = ("up", "down", "rr", "crr", "udp-up", "udp-down")
 
 
@@ -75,12 +78,15 @@ def print_samples(path: Path, top: int) -> None:
     lines: collections.Counter[str] = collections.Counter()
     functions: collections.Counter[str] = collections.Counter()
     inclusive: collections.Counter[str] = collections.Counter()
-    total = 0
+    total = waiting = 0
     for line in path.read_text().splitlines():
         stack, _, count_text = line.rpartition(" ")
         count = int(count_text)
         frames = [shorten(frame) for frame in stack.split(";")]
         names = [frame.rpartition(":")[0] + ")" for frame in frames]
+        if names[-1].startswith(WAITING):
+            waiting += count
+            continue
         total += count
         lines[frames[-1]] += count
         functions[names[-1]] += count
@@ -88,7 +94,10 @@ def print_samples(path: Path, top: int) -> None:
             inclusive[name] += count
     if not total:
         raise LabError("py-spy saw no sample: the process was idle, or may not be traced")
-    print(f"{total} samples")
+    everywhere = [name for name, count in inclusive.items() if count > 0.97 * total]
+    for name in everywhere:
+        del inclusive[name]  # what led here: the command line, trio's loop
+    print(f"{total} samples at work, {waiting} while waiting")
     print_shares("by line", lines, total, top)
     print_shares("by function", functions, total, top)
     print_shares("by function and what it calls", inclusive, total, top)

@@ -146,7 +146,8 @@ def as_document(
         "notes": list(notes),
         "figures": {
             key: {
-                "title": f"{SECTIONS[metric.section]}: {metric.title}",
+                "section": SECTIONS[metric.section],
+                "title": metric.title,
                 "unit": metric.unit,
                 "peers": {
                     peer: {"median": figures.median(key, peer), "samples": samples}
@@ -181,11 +182,35 @@ def round_figures(value: Any) -> Any:
     return value
 
 
+def as_markdown(document: dict[str, Any]) -> str:
+    """The figures as tables for a README: one a section, the peers as columns."""
+    lines: list[str] = []
+    judged: dict[str, list[str]] = {}
+    for target in document["targets"]:
+        word = "met" if target["met"] else "**missed**"
+        judged.setdefault(target["key"], []).append(f"{target['target']}: {format_figure(target['value'])}, {word}")
+    for section in SECTIONS.values():
+        figures = {key: figure for key, figure in document["figures"].items() if figure["section"] == section}
+        peers = list(dict.fromkeys(peer for figure in figures.values() for peer in figure["peers"]))
+        if not peers:
+            continue
+        lines += ["", f"| {section} | {' | '.join(peers)} | targets |", f"|---|{'---:|' * len(peers)}---|"]
+        for key, figure in figures.items():
+            cells = [
+                format_figure(figure["peers"][peer]["median"]) if peer in figure["peers"] else "" for peer in peers
+            ]
+            lines.append(
+                f"| {figure['title']} [{figure['unit']}] | {' | '.join(cells)} | {'; '.join(judged.get(key, []))} |"
+            )
+    return "\n".join(lines).strip() + "\n"
+
+
 def write_results(document: dict[str, Any], path: Path, history: Path | None) -> None:
-    """The whole document at `path`, and one line of medians at the end of the history."""
+    """The whole document as JSON, its tables as Markdown, and one line of medians at the end of the history."""
     path.parent.mkdir(parents=True, exist_ok=True)
     document = round_figures(document)
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    path.with_suffix(".md").write_text(as_markdown(document))
     if history is not None:
         line = {name: document[name] for name in ("when", "command", "commit", "machine", "rounds")}
         line["medians"] = {

@@ -2,9 +2,9 @@
 
     python scripts/selfcheck.py /path/to/the/sources
 
-Each module of the sources must import from the installation, not from the sources, and the few files that are not Python
-must be there. The folders dns/ and vde/ reach the wheel through symbolic links and have no __init__.py: both are easy to
-lose on the way, and nothing else would notice.
+Each module of the sources must import from the installation, not from the sources, and py.typed must be there. The
+folders dns/ and vde/ reach the wheel through symbolic links and have no __init__.py: both are easy to lose on the way,
+and nothing else would notice.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def main() -> None:
     sources = Path(sys.argv[1]).resolve()
     modules = modules_of(sources)
     for package in ("netstack.dns", "netstack.vde", "netstack.wire"):
-        assert any(name.startswith(f"{package}.") for name in modules), f"{sources} has no {package}: is the link there?"
+        assert any(name.startswith(f"{package}.") for name in modules), (
+            f"{sources} has no {package}: is the link there?"
+        )
     for name in modules:
         file = importlib.import_module(name).__file__
         assert file is not None, f"{name} is not a module"

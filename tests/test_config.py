@@ -25,7 +25,6 @@ host_loopback = false
 
 [[link]]
 uri = "unix:///run/a.sock"
-name = "First"
 
 [[link]]
 uri = "vde:///run/b.ctl"
@@ -49,7 +48,7 @@ listen = ["tcp://127.0.0.1:7070"]
 
 [limits]
 flows = 1000
-link_queue = "1M"
+reassembly = "1M"
 
 [log]
 level = "debug"
@@ -79,13 +78,12 @@ def test_a_complete_file(tmp_path: Path) -> None:
     assert config.network.mtu == 1500
     assert not config.network.host_loopback
     assert [link.uri for link in config.link] == ["unix:///run/a.sock", "vde:///run/b.ctl"]
-    assert config.link[0].name == "first"
     assert config.guest[0].mac == "52:54:00:aa:bb:01"
     assert config.dns.nameservers == ("192.0.2.1", "[2001:db8::1]:5353")
     assert config.dns.search == ("example.com",)
     assert config.pcap.file == tmp_path / "guests.pcapng"  # relative to the file
     assert config.pcap.max_size == 100 << 20
-    assert config.limits.link_queue == 1 << 20
+    assert config.limits.reassembly == 1 << 20
     assert config.log.level == "debug"
     assert config.state.dir == Path("/var/lib/netstack")
     addresses = config.network.addresses()
@@ -146,7 +144,7 @@ def test_auto_takes_the_network_it_is_given() -> None:
         ("[log]\nzzz = 3", "DIR/n.toml:2: unknown key 'zzz' in log; it takes level, format"),
         ("network = 3", "DIR/n.toml:1: network: 3 must be a table"),
         ("[link]\nuri = 'fd://3'", "must be a list of tables; write [[link]]"),
-        ("[[link]]\nname = 'a'", "DIR/n.toml:1: link[1].uri is missing"),
+        ("[[guest]]\nname = 'a'", "DIR/n.toml:1: guest[1].mac is missing"),
         ("[network]\nsubnet = '10.1.2.0'", "DIR/n.toml:2: network.subnet: 10.1.2.0 says no length; write 10.1.2.0/24"),
         ("[network]\nsubnet = '10.1.2.3/24'", "is an address in a network; write 10.1.2.0/24"),
         ("[network]\nsubnet = '10.1.2.0/30'", "too small"),
@@ -288,6 +286,13 @@ def test_what_a_service_gets_besides(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert given.state.dir == Path("/s")
     assert Config(api={"listen": ["none"]}).for_service().api_listeners() == ()
     assert Config().api_listeners() == ()
+
+
+def test_what_changed() -> None:
+    before = Config(network={"mtu": 1500}, link=[{"uri": "fd://3"}])
+    after = Config(network={"mtu": 1400, "subnet": "10.0.0.0/24"}, log={"level": "debug"})
+    assert before.changed(before) == []
+    assert before.changed(after) == ["network.subnet", "network.mtu", "link", "log.level"]
 
 
 # ---- link and API addresses ----------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def check_runtime_directory() -> Check:
         place = runtime_directory()
     except ConfigError as error:
         return Check("sockets", "failure", str(error), "Give XDG_RUNTIME_DIR a directory that only you can write to.")
-    if place.is_relative_to("/tmp"):  # noqa: S108 # where config puts it when there is nothing better
+    if place.parent == Path("/tmp"):  # noqa: S108 # where config puts it when there is nothing better
         mend = "Log in through a session that sets it (ssh, loginctl enable-linger), or set it."
         return Check("sockets", "warning", f"in {place}, for want of XDG_RUNTIME_DIR", mend)
     return Check("sockets", "ok", f"in {place}")

@@ -152,6 +152,18 @@ class Config(Table):
             changes["state"] = StateTable(dir=state_directory())
         return self.model_copy(update=changes)
 
+    def changed(self, other: Self) -> list[str]:
+        """The names of the settings that are not the same in `other`: network.mtu, link, ..."""
+        names: list[str] = []
+        for table in type(self).model_fields:
+            ours, theirs = getattr(self, table), getattr(other, table)
+            if isinstance(ours, Table):
+                keys = type(ours).model_fields
+                names += [f"{table}.{key}" for key in keys if getattr(ours, key) != getattr(theirs, key)]
+            elif ours != theirs:
+                names.append(table)
+        return names
+
     def api_listeners(self) -> tuple[ApiSpec, ...]:
         """Where the API is to be served; empty when it was turned off."""
         return () if _NO_API in self.api.listen else tuple(parse_api_uri(uri) for uri in self.api.listen)

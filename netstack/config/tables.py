@@ -214,7 +214,6 @@ class LinkTable(Table):
     """[[link]]."""
 
     uri: LinkUri
-    name: GuestName | None = None
 
 
 class GuestTable(Table):
@@ -256,8 +255,6 @@ class LimitsTable(Table):
     udp_flows_per_guest: Annotated[int, Field(ge=16, le=1_000_000)] = 2048
     neighbors: Annotated[int, Field(ge=16, le=65536)] = 1024
     reassembly: Annotated[int, BeforeValidator(_parse_size), Field(ge=65536, le=1 << 30)] = 4 << 20
-    link_queue: Annotated[int, BeforeValidator(_parse_size), Field(ge=1 << 17, le=1 << 30)] = 8 << 20
-    udp_idle: Annotated[float, Field(ge=1, le=86400)] = 120.0  # RFC 4787 REQ-5: at least two minutes
 
 
 class LogTable(Table):

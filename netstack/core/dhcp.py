@@ -22,6 +22,8 @@ that it is given, at its hardware address. A NAK is always broadcast.
 Relayed messages (giaddr) are dropped: there is no relay agent on a link between a machine and us.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -7,6 +7,8 @@ people read this file, and may edit it.
                                "name": "debian", "expires": 1763640000.0, "expires6": null}]}
 """
 
+from __future__ import annotations
+
 import ipaddress
 import math
 from typing import Any

@@ -22,9 +22,15 @@ strangers: it cycles through its own offers, and of confirmed leases one link ca
 An address that a guest declines stays out of use for ten minutes; at most a quarter of the pool does at any time.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
+
+from netstack.core.lease import MAX_CLIENT_ID, MAX_NAME, NEVER, Lease, StaticLease, clean_name, mirror_host
+
+__all__ = ["LEASE_TIME", "NEVER", "Lease", "LeaseTable", "StaticLease"]
 
 # One day, as libslirp has it. A guest renews after half of it, so the traffic is nothing; and a guest that is gone for
 # good gives its address back. Longer is not needed for a machine that is paused over a weekend: its record outlives
@@ -43,82 +49,9 @@ MAX_LEASES: Final = 1024
 # The first number that is given out when the network is large enough; slirp's and Lima's.
 FIRST_HOST: Final = 15
 
-# RFC 1035 2.3.4.
-MAX_NAME: Final = 63
-
-# What no guest may be called: these names, or the peers' forms of them, are the gateway's own.
-RESERVED_NAMES: Final = frozenset({"dns", "gateway", "guest", "host", "http", "localhost", "netstack", "proxy"})
-
-# A client identifier and a DUID are at most 255 and 130 bytes (RFC 2132 9.14, RFC 8415 11.1); records keep no more.
-MAX_CLIENT_ID: Final = 255
-
 # Distance of the IPv6 addresses that a guest tries when it finds ::15 taken. Beyond 0x65534, the largest number that
 # mirrors an IPv4 host number of a /16, so that no two records meet.
 ALTERNATE_STEP: Final = 0x100000
-
-NEVER: Final = float("-inf")
-
-
-@dataclass(slots=True, frozen=True)
-class StaticLease:
-    """What the settings say about one guest. An address that is None is chosen as for any other guest."""
-
-    mac: bytes
-    address: bytes | None = None
-    address6: bytes | None = None
-    name: str = ""
-
-
-@dataclass(slots=True, eq=False)
-class Lease:
-    """One record: the addresses of one guest. Times are monotonic seconds; expired records are kept."""
-
-    host: int
-    address: bytes
-    address6: bytes | None
-    mac: bytes
-    client_id: bytes = b""
-    duid: bytes = b""
-    name: str = ""
-    link: str = ""
-    expires_at: float = NEVER
-    """End of the IPv4 lease, or of the offer."""
-    expires6_at: float = NEVER
-    confirmed: bool = False
-    """Whether the guest ever took up the offer, in either family."""
-    quarantined_until: float = NEVER
-    static: bool = False
-
-    def free_at(self) -> float:
-        """When the record may go to another guest."""
-        return max(self.expires_at, self.expires6_at, self.quarantined_until)
-
-    def addresses(self, now: float) -> list[bytes]:
-        """The addresses that the guest holds now: one of each family that it has a lease in."""
-        found = []
-        if self.is_live(now):
-            if self.expires_at > now:
-                found.append(self.address)
-            if self.expires6_at > now and self.address6 is not None:
-                found.append(self.address6)
-        return found
-
-    def is_live(self, now: float) -> bool:
-        """Whether the guest holds this address now, in either family."""
-        return self.confirmed and self.quarantined_until <= now < max(self.expires_at, self.expires6_at)
-
-
-def clean_name(raw: str | bytes) -> str:
-    """Make the first label of a name fit for DNS (RFC 1123 2.1): a-z, 0-9, inner hyphens. Untrusted; may be ''."""
-    text = raw.decode("latin-1") if isinstance(raw, bytes) else raw
-    label = text.partition(".")[0].partition("\0")[0][:MAX_NAME].lower()
-    cleaned = "".join(c if c.isascii() and c.isalnum() else "-" for c in label).strip("-")
-    return "" if cleaned in RESERVED_NAMES else cleaned
-
-
-def mirror_host(host: int) -> int:
-    """Give the IPv6 host number with the same digits: 15 -> 0x15, so that .15 goes with ::15."""
-    return int(str(host), 16)
 
 
 @dataclass(slots=True)

@@ -613,7 +613,8 @@ class TcpFlow:
                 tcp_output.send_ack(self)
             self._dup_acks_due = 0
         elif self.ack_due:
-            if (self.rcv_nxt - self.last_ack) & M >= 2 * self.mss:
+            # Or the guest's next segment does not fit into what it was promised: it waits for this.
+            if (self.rcv_nxt - self.last_ack) & M >= 2 * self.mss or (self.rcv_adv - self.rcv_nxt) & M < self.mss:
                 tcp_output.send_ack(self)
             elif not self.ack_listed:
                 self.ack_listed = True

@@ -5,11 +5,12 @@ Theory of operation
 Each guest endpoint (address, port) has one `UdpFlow` with one host socket, bound to the same port where that is free
 (RFC 4787 REQ-1, REQ-3); `core.datagrams` says how flows live.
 
-Toward the host, the hot path is one look-up in a dict. Datagrams of one size to one peer, as of a stream, are held back
-until the batch of frames at hand ends, and leave in one call, which the kernel takes apart (UDP_SEGMENT: 0.5 us a
-datagram in place of 3.3 with a call for each, over the loopback). Toward the guest, what a wakeup finds is received
-into one buffer, where the kernel may have merged datagrams of one size (UDP_GRO: 0.1 in place of 1.3 us); such runs
-become frames by array arithmetic (`core.udp_bursts`), others by one packed header and one checksum each.
+Toward the host, the hot path is one look-up in a dict: `paths`, from both endpoints to the flow. Datagrams of one size
+to one peer, as of a stream, are held back until the batch of frames at hand ends, and leave in one call, which the
+kernel takes apart (UDP_SEGMENT: 0.5 us a datagram in place of 3.3 with a call for each, over the loopback). Toward the
+guest, what a wakeup finds is received into one buffer, where the kernel may have merged datagrams of one size (UDP_GRO:
+0.1 in place of 1.3 us); such runs become frames by array arithmetic (`core.udp_bursts`), others by one packed header
+and one checksum each.
 
 Who may answer: any port of any address that the guest has sent to through this flow (address-dependent filtering,
 RFC 4787 REQ-8). The host's port is open to the host's whole network, and a guest that has sent one datagram has not
@@ -34,6 +35,7 @@ import numpy as np
 
 from netstack.core.datagram_table import LARGEST, DatagramFlows
 from netstack.core.datagrams import BURST, BUSY, RESOLUTION, DatagramFlow, Stack
+from netstack.core.flows import FlowKey, flow_key
 from netstack.core.ports import MAX_SEGMENTS, MAX_SEGMENTS_BYTES, Buffer, DatagramSocket, Link
 from netstack.core.udp_bursts import PAYS_FROM, write_burst
 from netstack.wire.checksum import pseudo_sum, sum_words
@@ -51,6 +53,9 @@ DNS_PORT = 53
 # How many addresses are remembered as asked: of one flow (a BitTorrent node's contacts within a minute), and of all.
 _ASKED_PER_FLOW = 1024
 _ASKED = 65536
+
+# Paths known to the stack's fast path, of all flows: some 500 bytes each.
+_PATHS = 16384
 
 # Address pairs whose sums are kept: some 300 bytes each.
 _PAIRS = 4096
@@ -95,6 +100,7 @@ class UdpFlow(DatagramFlow):
         "_target",
         "_ttl",
         "asked",
+        "path_keys",
     )
 
     protocol: ClassVar[str] = "udp"
@@ -104,6 +110,7 @@ class UdpFlow(DatagramFlow):
         super().__init__(table, link, mac, guest, port, IDLE_DNS)
         # Who may answer: its address on the host's side -> the one that the guest asked, which differs for the gateway.
         self.asked: dict[bytes, bytes] = {}
+        self.path_keys: set[FlowKey] = set()  # of its paths in table.paths
         # Datagrams of the batch at hand that will leave in one call, and what they have in common.
         self._pending: list[Buffer] = []
         self._pending_bytes = 0
@@ -267,6 +274,27 @@ class UdpFlow(DatagramFlow):
         return write_packet(self.guest, self.port, dst, port, payload, ttl)
 
 
+class UdpPath:
+    """One guest endpoint and one peer that it is allowed to reach: what the stack's fast path finds for a frame."""
+
+    __slots__ = ("_dst", "_port", "_target", "flow")
+
+    def __init__(self, flow: UdpFlow, dst: bytes, target: bytes, port: int) -> None:
+        self.flow = flow
+        self._dst = dst
+        self._target = target
+        self._port = port
+
+    def send(self, payload: memoryview, ttl: int, dont_fragment: bool, now: float) -> None:
+        """Like UdpFlows.on_datagram(), for a TTL of 2 or more. Untrusted."""
+        flow = self.flow
+        if now - flow.used_at >= RESOLUTION:
+            flow.table.touch(flow, now)
+        if flow.asked.get(self._target) != self._dst:
+            flow.table.remember_asked(flow, self._target, self._dst)
+        flow.send(payload, self._dst, self._target, self._port, ttl - 1, dont_fragment)
+
+
 class UdpFlows(DatagramFlows[UdpFlow]):
     """All UDP flows, and what they share."""
 
@@ -276,6 +304,8 @@ class UdpFlows(DatagramFlows[UdpFlow]):
         # (peer, guest) -> both as they stand in the header toward the guest, the sum of the fixed part of its IPv4
         # header, the sum of the pseudo-header without the length
         self.pairs: dict[tuple[bytes, bytes], tuple[bytes, int, int]] = {}
+        # For the stack's fast path: what went the slow road once. Without it everything works, only slower.
+        self.paths: dict[FlowKey, UdpPath] = {}
 
     def limit(self) -> int:
         return self.stack.limits.udp_flows
@@ -303,7 +333,7 @@ class UdpFlows(DatagramFlows[UdpFlow]):
     ) -> None:
         """A guest's datagram to the world, payload at buffer[start:end]. Untrusted.
 
-        The hot path. `dst` is a unicast address outside the guests' network, or the gateway's. `dont_fragment` of IPv6
+        `dst` is a unicast address outside the guests' network, or the gateway's. `dont_fragment` of IPv6
         is whether it came as one packet.
         """
         payload = buffer[start:end]
@@ -335,8 +365,19 @@ class UdpFlows(DatagramFlows[UdpFlow]):
         if dst_port != DNS_PORT:
             flow.timeout = IDLE
         if flow.asked.get(target) != dst:
-            self._remember_asked(flow, target, dst)
+            self.remember_asked(flow, target, dst)
         flow.send(payload, dst, target, dst_port, ttl, dont_fragment)
+        if len(self.paths) >= _PATHS:
+            self.forget_paths()
+        key = flow_key(src, src_port, dst, dst_port)
+        self.paths[key] = UdpPath(flow, dst, target, dst_port)
+        flow.path_keys.add(key)
+
+    def forget_paths(self) -> None:
+        """Have every datagram take the slow road again: there are too many paths, or what is allowed has changed."""
+        self.paths.clear()
+        for flow in self.flows.values():
+            flow.path_keys.clear()
 
     def on_error_from_guest(self, guest: bytes, port: int) -> None:
         """A guest sent an ICMP error about a datagram that went to this endpoint of it. Untrusted.
@@ -351,6 +392,8 @@ class UdpFlows(DatagramFlows[UdpFlow]):
         if not flow.closed:
             flow.finish_batch(now)
             self._asked -= len(flow.asked)
+            for key in flow.path_keys:
+                self.paths.pop(key, None)
         super().close(flow, now, why)
 
     def remember_pair(self, src: bytes, guest: bytes) -> tuple[bytes, int, int]:
@@ -361,7 +404,7 @@ class UdpFlows(DatagramFlows[UdpFlow]):
         pair = self.pairs[src, guest] = (src + guest, fixed_sum, pseudo_sum(src, guest, PROTOCOL_UDP, 0))
         return pair
 
-    def _remember_asked(self, flow: UdpFlow, target: bytes, dst: bytes) -> None:
+    def remember_asked(self, flow: UdpFlow, target: bytes, dst: bytes) -> None:
         asked = flow.asked
         if target not in asked:
             if asked and (len(asked) >= _ASKED_PER_FLOW or self._asked >= _ASKED):

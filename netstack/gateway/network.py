@@ -38,6 +38,11 @@ _ROUTE_INTERVAL = 5.0
 # How long after a change the leases are written: a boot makes several.
 _SAVE_DELAY = 0.5
 
+# What `reload` can change. The rest is built into the stack, its sockets or its files.
+_LIVE_SETTINGS = frozenset(
+    ("dns.search", "guest", "limits.flows", "limits.flows_per_guest", "limits.udp_flows_per_guest", "log.level")
+)
+
 
 class Network:
     """What `open_network` gives. Its methods are called from the trio task that opened it."""
@@ -93,6 +98,8 @@ class Network:
         self._nursery.start_soon(self._run_poller)
         self._nursery.start_soon(self._run_timers)
         self._nursery.start_soon(self._run_route_watch)
+        if self.capture is not None:
+            self._nursery.start_soon(self.capture.run)
         if self.config.state.dir is not None:
             self._nursery.start_soon(self._run_lease_saver, self.config.state.dir / "leases.json")
         for link in self.config.link:
@@ -133,12 +140,8 @@ class Network:
         self._poller.close()
 
     def reload(self, config: Config) -> list[str]:
-        """Apply what can be changed while guests are attached; returns the names of tables that need a restart."""
-        fixed = [
-            name
-            for name in ("network", "link", "pcap", "api", "state")
-            if getattr(config, name) != getattr(self.config, name)
-        ]
+        """Apply what can be changed while guests are attached; returns the names of settings that need a restart."""
+        fixed = [name for name in self.config.changed(config) if name not in _LIVE_SETTINGS]
         self.log.set_level(config.log.level)
         self.leases.set_statics(static_leases(config))
         self.services.set_search(config.dns.search)

@@ -19,6 +19,8 @@ Three rules of the options are easily missed, and each was a bug in some server:
 A message without the cookie is plain BOOTP: it has no options.
 """
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple

@@ -7,6 +7,8 @@ advertisements (RFC 8106 5.2) must not.
 We write the plain form everywhere: every reader of the compressed form reads it too, and our lists are short.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 
 # RFC 1035 2.3.4.

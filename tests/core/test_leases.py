@@ -7,18 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from netstack.core.lease import Lease, StaticLease, clean_name, mirror_host
 from netstack.core.lease_records import read_leases, write_leases
-from netstack.core.leases import (
-    LEASE_TIME,
-    MAX_LEASES,
-    OFFER_TIME,
-    QUARANTINE_TIME,
-    Lease,
-    LeaseTable,
-    StaticLease,
-    clean_name,
-    mirror_host,
-)
+from netstack.core.leases import LEASE_TIME, MAX_LEASES, OFFER_TIME, QUARANTINE_TIME, LeaseTable
 
 NETWORK = bytes((192, 168, 5, 0))
 PREFIX6 = bytes.fromhex("fd00c0a800050000") + bytes(8)

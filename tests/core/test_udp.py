@@ -9,8 +9,9 @@ from scapy.layers.inet import ICMP, IP, UDP, IPerror, UDPerror
 from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6
 
 from netstack.core.datagrams import BURST
+from netstack.core.flows import flow_key
 from netstack.core.ports import FAILED, READABLE, SocketError
-from netstack.core.udp import UdpFlow, write_packet
+from netstack.core.udp import UdpFlow, UdpPath, write_packet
 from netstack.wire import icmp
 from netstack.wire.icmp import NO_ROUTE, PORT_UNREACHABLE, TOO_BIG, TTL_EXCEEDED
 from tests.core.ip_fakes import (
@@ -744,3 +745,61 @@ class TestBursts:
             bench.ready(GUEST4, 4000)
         assert sum(len(burst) for burst in bench.link.bursts) == 600
         assert not sock.incoming
+
+
+class TestPaths:
+    """What the stack's fast path finds: both endpoints -> the flow."""
+
+    def path(self, bench: Bench, guest: bytes, port: int, peer: bytes, peer_port: int) -> UdpPath | None:
+        return bench.udp.paths.get(flow_key(guest, port, peer, peer_port))
+
+    @FAMILIES
+    def test_a_path_sends_like_the_slow_road(self, bench: Bench, guest: bytes, world: bytes) -> None:
+        gateway = GATEWAY4 if len(guest) == 4 else GATEWAY6
+        for dst in (world, gateway):
+            bench.send(guest, 4000, dst, 7, ttl=64)
+            path = self.path(bench, guest, 4000, dst, 7)
+            assert path is not None
+            path.send(memoryview(b"hello"), 64, True, bench.now)
+        sent = bench.sock(guest, 4000).sent
+        assert sent[0] == sent[1]
+        assert sent[2] == sent[3]
+        assert bench.flow(guest, 4000).bytes_from_guest == 20
+
+    def test_a_path_keeps_its_flow_in_use(self, bench: Bench) -> None:
+        bench.send(GUEST4, 4000, WORLD4, 7)
+        path = self.path(bench, GUEST4, 4000, WORLD4, 7)
+        assert path is not None
+        path.send(memoryview(b"x"), 64, True, 1100.0)
+        bench.stack.advance(1200.0)
+        assert len(bench.udp) == 1
+
+    def test_there_is_none_for_what_was_refused_or_has_ended(self, bench: Bench) -> None:
+        bench.stack.denied.add(ROUTER4)
+        bench.send(GUEST4, 4000, ROUTER4, 7)
+        bench.send(GUEST4, 4000, WORLD4, 7, ttl=1)
+        assert not bench.udp.paths
+        bench.send(GUEST4, 4000, WORLD4, 7)
+        bench.send(GUEST4, 4000, WORLD4, 8)
+        assert len(bench.udp.paths) == 2
+        bench.udp.close_all(bench.now)
+        assert not bench.udp.paths
+
+    def test_an_answer_is_let_in_as_long_as_the_guest_asks(self, bench: Bench) -> None:
+        """Also when so many others were asked in between that the first is forgotten."""
+        bench.send(GUEST4, 4000, WORLD4, 7)
+        path = self.path(bench, GUEST4, 4000, WORLD4, 7)
+        assert path is not None
+        for number in range(2000):
+            bench.send(GUEST4, 4000, (0xC6330000 + number).to_bytes(4, "big"), 6881)
+        assert WORLD4 not in bench.flow(GUEST4, 4000).asked
+        path.send(memoryview(b"x"), 64, True, bench.now)
+        bench.sock(GUEST4, 4000).incoming.append((b"answer", WORLD4, 7))
+        bench.ready(GUEST4, 4000)
+        assert len(bench.stack.taken()) == 1
+
+    def test_they_are_bounded(self, bench: Bench) -> None:
+        for number in range(40_000):
+            bench.send(GUEST4, 4000 + number % 10, WORLD4, number)
+            assert len(bench.udp.paths) <= 16384
+        assert sum(len(flow.path_keys) for flow in bench.udp) == len(bench.udp.paths)

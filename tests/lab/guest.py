@@ -134,6 +134,7 @@ class Guest:
         self._nics = list(nics)
         self._capture = capture
         self._counter = 0
+        self._probing = False
         self._buffer = bytearray()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -230,8 +231,19 @@ class Guest:
         return output
 
     def probe(self, *words: str | int, timeout: float = 30.0) -> dict[str, Any]:
-        """Run one of the guest's own test programs (tests/lab/rootfs/probe.py); return what it found out."""
-        output = self.check("python3 /lab/probe.py " + shlex.join(str(word) for word in words), timeout)
+        """Run one of the guest's own test programs (tests/lab/rootfs/probe.py); return what it found out.
+
+        Under TCG, to start Python takes longer than what most of them do. So one Python is started, and waits; for each
+        program it makes a copy of itself.
+        """
+        if not self._probing:
+            self.check("mkfifo /run/probe && (setsid python3 /lab/probe.py wait </run/probe >/run/probe.log 2>&1 &)")
+            self._probing = True
+        answer = f"/run/answer-{self._counter}"
+        line = shlex.join([answer, *(str(word) for word in words)])
+        output = self.check(
+            f"mkfifo {answer}; echo {shlex.quote(line)} >/run/probe; cat {answer}; rm {answer}", timeout
+        )
         found: dict[str, Any] = json.loads(output.splitlines()[-1])
         return found
 
@@ -293,10 +305,11 @@ class Guest:
     # ---- the wires to QEMU ----
 
     def _wait_ready(self, timeout: float) -> None:
+        self._probing = False
         try:
             self._read_until(re.compile(re.escape(READY)), timeout, "boot")
         except GuestError as error:
-            # Where it hangs: a guest that has halted, one that runs in circles, and a QEMU that hangs look different here.
+            # A guest that has halted, one that runs in circles, and a QEMU that hangs look different here.
             error.add_note(f"QEMU: {self.monitor('query-status')}")
             error.add_note(str(self.monitor("human-monitor-command", command_line="info registers")))
             raise

@@ -43,26 +43,9 @@ PROGRAMS = ("iperf3", "curl", "ping", "dhclient", "ip", "tracepath")
 
 # Modules of Python's library that the guest's programs import (tests/lab/rootfs/probe.py).
 PYTHON_MODULES = (
-    "__future__",
-    "argparse",
-    "contextlib",
-    "errno",
-    "fcntl",
-    "hashlib",
-    "json",
-    "random",
-    "select",
-    "selectors",
-    "signal",
-    "socket",
-    "struct",
-    "threading",
-    "time",
-    "traceback",
-    "typing",
-    "encodings.idna",
-    "encodings.latin_1",
-    "encodings.ascii",
+    *("__future__", "contextlib", "errno", "hashlib", "json", "os", "pathlib", "random", "select", "shlex", "signal"),
+    *("socket", "struct", "sys", "threading", "time", "traceback", "typing"),
+    *("encodings.ascii", "encodings.idna", "encodings.latin_1"),
 )
 
 

@@ -23,15 +23,28 @@ esac
 exit 0
 """
 
-# Waits for the guest's kernel to have made an address of this kind and to have found nobody else at it.
-WAIT = """
-wait_address() {
+# wait_for COMMAND: until it succeeds. wait_address SCOPE: until the kernel has made an address of that kind and found
+# nobody else at it. run_dhclient REASON OPTIONS: runs dhclient until its hook was called for this reason.
+WORDS = """
+wait_for() {
     tries=0
-    until ip -6 -o addr show dev guest0 scope $1 -tentative | grep -q inet6; do
+    until "$@"; do
         tries=$((tries + 1))
-        test $tries -lt 300 || { ip addr; exit 1; }
+        test $tries -lt 600 || { echo "gave up waiting for: $*"; ip addr; exit 1; }
         sleep 0.05
     done
+}
+has_address() { ip -6 -o addr show dev guest0 scope $1 -tentative | grep -q inet6; }
+wait_address() { wait_for has_address $1; }
+run_dhclient() {
+    reason=$1
+    shift
+    rm -f $reason.env
+    dhclient -d -v -sf $HOOK -lf $PWD/leases -pf $PWD/pid "$@" guest0 &
+    client=$!
+    wait_for test -e $reason.env
+    kill $client 2>/dev/null || true  # some are done by themselves
+    wait $client || true
 }
 """
 
@@ -58,9 +71,11 @@ def run_guest(directory: Path, script: str) -> Outcome:
     hook = directory / "hook"
     hook.write_text(HOOK.replace("DIRECTORY", str(directory)))
     hook.chmod(0o755)
-    (directory / "guest.sh").write_text(f"set -e\nHOOK={hook}\ncd {directory}\n{WAIT}\n{script}\n")
+    (directory / "guest.sh").write_text(f"set -e\nHOOK={hook}\ncd {directory}\n{WORDS}\n{script}\n")
     command = [sys.executable, "-m", "tests.rim.address_wire", str(directory), "sh", str(directory / "guest.sh")]
-    done = subprocess.run(["unshare", "-n", *command], check=False, capture_output=True, text=True, timeout=120)
+    # With a namespace of processes too: nothing that a client left behind outlives it.
+    namespaces = ["unshare", "-n", "--pid", "--fork", "--kill-child"]
+    done = subprocess.run([*namespaces, *command], check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return Outcome(directory, done.stdout + done.stderr)
 
@@ -87,8 +102,7 @@ def test_udhcpc(tmp_path: Path) -> None:
 
 @pytest.mark.needs("netns", "ip", "dhclient")
 def test_dhclient(tmp_path: Path) -> None:
-    client = "dhclient -4 -v -sf $HOOK -lf $PWD/leases -pf $PWD/pid"
-    outcome = run_guest(tmp_path, f"{client} -1 guest0\n{client} -r guest0\n{client} -1 guest0\nkill $(cat pid)")
+    outcome = run_guest(tmp_path, "run_dhclient BOUND -4\nrun_dhclient RELEASE -4 -r\nrun_dhclient BOUND -4")
     told = outcome.told("BOUND")
     assert told["new_ip_address"] == "192.168.5.15"
     assert told["new_domain_search"] == "netstack.internal. corp.example."
@@ -107,16 +121,14 @@ def test_dhclient_reboots_into_its_address(tmp_path: Path) -> None:
         "option dhcp-server-identifier 192.168.5.2; expire never; }"
     )
     (tmp_path / "leases").write_text(lease + "\n")
-    client = "dhclient -4 -v -sf $HOOK -lf $PWD/leases -pf $PWD/pid"
-    outcome = run_guest(tmp_path, f"{client} -1 guest0\nkill $(cat pid)")
+    outcome = run_guest(tmp_path, "run_dhclient REBOOT -4")
     assert outcome.told("REBOOT")["new_ip_address"] == "192.168.5.77"
     assert outcome.counters == {"dhcp_ack": 1}
 
 
 @pytest.mark.needs("netns", "ip", "dhclient")
 def test_dhclient_for_ipv6(tmp_path: Path) -> None:
-    client = "dhclient -6 -v -sf $HOOK -lf $PWD/leases -pf $PWD/pid"
-    outcome = run_guest(tmp_path, f"wait_address link\n{client} -1 guest0\n{client} -r guest0")
+    outcome = run_guest(tmp_path, "wait_address link\nrun_dhclient BOUND6 -6\nrun_dhclient RELEASE6 -6 -r")
     told = outcome.told("BOUND6")
     assert told["new_ip6_address"] == "fd00:c0a8:5::15"
     assert told["new_dhcp6_name_servers"] == "fd00:c0a8:5::3"
@@ -126,8 +138,7 @@ def test_dhclient_for_ipv6(tmp_path: Path) -> None:
 
 @pytest.mark.needs("netns", "ip", "dhclient")
 def test_dhclient_for_ipv6_without_an_address(tmp_path: Path) -> None:
-    client = "dhclient -6 -S -v -sf $HOOK -lf $PWD/leases -pf $PWD/pid"
-    outcome = run_guest(tmp_path, f"wait_address link\n{client} -1 guest0\nkill $(cat pid)")
+    outcome = run_guest(tmp_path, "wait_address link\nrun_dhclient RENEW6 -6 -S")
     assert outcome.told("RENEW6")["new_dhcp6_name_servers"] == "fd00:c0a8:5::3"
     assert outcome.counters == {"dhcpv6_inform": 1}
 
@@ -145,7 +156,9 @@ def test_the_kernel_believes_the_router(tmp_path: Path) -> None:
         cat /proc/sys/net/ipv6/conf/guest0/mtu > mtu
         """,
     )
-    (address,) = [address for interface in outcome.kernel("addresses") for address in interface.get("addr_info", ())]
+    (address,) = [
+        address for interface in outcome.kernel("addresses") for address in interface.get("addr_info", ()) if address
+    ]
     assert address["local"] == "fd00:c0a8:5:0:5054:ff:fe12:3456"
     assert 86000 < address["valid_life_time"] <= 86400
     assert 14000 < address["preferred_life_time"] <= 14400

@@ -10,12 +10,17 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import select
+import shlex
+import signal
 import socket
 import struct
 import sys
 import threading
 import time
+import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.lab.rootfs.pattern import pattern, pattern_blocks, pattern_digest
@@ -286,8 +291,8 @@ def probe_serve(port: str) -> dict[str, Any]:
                 datagrams.sendto(data, peer)
 
 
-def main() -> None:
-    what, *words = sys.argv[1:]
+def answer(what: str, words: list[str]) -> str:
+    """What the probe finds, as JSON."""
     probes: dict[str, Callable[..., dict[str, Any]]] = {
         name.removeprefix("probe_"): value for name, value in globals().items() if name.startswith("probe_")
     }
@@ -297,7 +302,31 @@ def main() -> None:
     except OSError as error:
         name = errno.errorcode.get(error.errno or 0, type(error).__name__)
         found = {"error": name, "seconds": time.monotonic() - start}
-    print(json.dumps(found))
+    return json.dumps(found)
+
+
+def wait() -> None:
+    """Read lines `FILE WHAT WORDS...` from the pipe that is standard input; run each probe, its answer goes to FILE."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
+    os.set_inheritable(os.open("/run/probe", os.O_RDWR), False)  # with a writer of our own the pipe never ends
+    while line := sys.stdin.readline():
+        path, what, *words = shlex.split(line)
+        if os.fork() == 0:
+            try:
+                text = answer(what, words)
+            except BaseException:
+                text = traceback.format_exc()
+            with Path(path).open("w") as file:
+                file.write(text + "\n")
+            os._exit(0)
+
+
+def main() -> None:
+    what, *words = sys.argv[1:]
+    if what == "wait":
+        wait()
+    else:
+        print(answer(what, words))
 
 
 if __name__ == "__main__":
