@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Section = Literal["tcp", "latency", "connections", "udp", "cpu", "memory", "idle", "start", "relay", "micro"]
 
@@ -25,6 +28,15 @@ SECTIONS: dict[Section, str] = {
 }
 
 ARROW = {"up": "guest → host", "down": "host → guest"}
+
+
+COLUMNS = ("netstack", "passt", "slirp4netns", "pasta", "qemu-user")
+
+
+def order_peers(names: Iterable[str]) -> list[str]:
+    """Each name once, in the order of the columns; those not known there come last."""
+    unique = list(dict.fromkeys(names))
+    return sorted(unique, key=lambda name: COLUMNS.index(name) if name in COLUMNS else len(COLUMNS))
 
 
 @dataclass(frozen=True)
@@ -59,8 +71,8 @@ class Figures:
         return statistics.median(samples) if samples else None
 
     def peers(self) -> list[str]:
-        """All peers with a figure, in the order in which they came."""
-        return list(dict.fromkeys(peer for by_peer in self.samples.values() for peer in by_peer))
+        """All peers with a figure, in the order of their columns."""
+        return order_peers(peer for by_peer in self.samples.values() for peer in by_peer)
 
 
 def tcp_metric(direction: str, mtu: int, streams: int) -> Metric:
@@ -118,3 +130,4 @@ def idle_metric(which: str, count: int) -> Metric:
 
 
 START = Metric("start.ready", "start", "from exec to ready", "s")
+START_CPU = Metric("start.cpu", "start", "CPU time until then", "s")

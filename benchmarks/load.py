@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -175,7 +176,7 @@ def measure_idle(lab: Lab, attachment: Attachment, count: int, seconds: float) -
 
     The ratio is against the mean of before and after, so that a slow drift of the machine cancels.
     """
-    before = measure_round_trips(attachment, "tcp", 1, seconds)
+    before = _typical_round_trip(attachment, seconds)
     memory = read_memory(attachment.process.pid)
     arguments = ["hold", attachment.host_address, str(ECHO_PORT), str(count)]
     holder = lab.spawn(
@@ -186,12 +187,17 @@ def measure_idle(lab: Lab, attachment: Attachment, count: int, seconds: float) -
         if holder.stdout.readline() != b"ready\n":
             raise LabError(f"{count} connections could not be opened")
         grown = read_memory(attachment.process.pid).rss - memory.rss
-        during = measure_round_trips(attachment, "tcp", 1, seconds)
+        during = _typical_round_trip(attachment, seconds)
     finally:
         stop(holder)
-    after = measure_round_trips(attachment, "tcp", 1, seconds)
+    after = _typical_round_trip(attachment, seconds)
     return Idle(
         bytes_each=grown * 1024 / count,
-        round_trip_ratio=2 * during.p50 / (before.p50 + after.p50),
-        round_trip=during.p50,
+        round_trip_ratio=2 * during / (before + after),
+        round_trip=during,
     )
+
+
+def _typical_round_trip(attachment: Attachment, seconds: float) -> float:
+    """The median p50 of three runs."""
+    return statistics.median(measure_round_trips(attachment, "tcp", 1, seconds).p50 for _ in range(3))

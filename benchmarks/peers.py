@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.lab import Lab, LabError, Namespace, run, stop, wait_until
+from benchmarks.lab import Lab, LabError, Namespace, read_cpu_seconds, run, stop, wait_until
 
 if TYPE_CHECKING:
     import subprocess
@@ -71,7 +71,7 @@ class Peer(ABC):
     name: str
     program: str
     mtus: tuple[int, ...] = (LARGE, SMALL)
-    streams: tuple[int, ...] = (1, 8)
+    thorough: bool = True  # False: a relative of another peer, measured where that is quickly done
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -224,7 +224,7 @@ class QemuUser(StreamPeer):
     """QEMU's `-netdev user` without a computer: a hub joins it to a stream netdev. QEMU leaves libslirp at MTU 1500."""
 
     name, program = "qemu-user", "qemu-system-x86_64"
-    mtus, streams = (SMALL,), (1,)
+    mtus, thorough = (SMALL,), False  # the same libslirp as slirp4netns
 
     def version(self) -> str:
         return _debian_version("qemu-system-x86") or _first_line([self.program, "--version"])
@@ -276,7 +276,7 @@ class Pasta(TapPeer):
     """passt's other mode, a tap in a namespace; ready when the interface has its address."""
 
     name, program = "pasta", "pasta"
-    streams = (1,)
+    thorough = False
 
     def version(self) -> str:
         return _debian_version("passt") or _first_line(["pasta", "--version"])
@@ -310,11 +310,11 @@ def all_peers() -> list[Peer]:
     return [Netstack(), Passt(), Slirp4netns(), Pasta(), QemuUser()]
 
 
-def measure_start(peer: Peer, around: Surroundings) -> float:
-    """Seconds from the start of the program to its being ready; the process is ended again."""
+def measure_start(peer: Peer, around: Surroundings) -> tuple[float, float]:
+    """Seconds from the start of the program to its being ready, and of CPU until then; the process is ended again."""
     guest = around.lab.guest("start")
     before = time.monotonic()
     process = peer.start(around, LARGE if LARGE in peer.mtus else SMALL, guest)
-    seconds = time.monotonic() - before
+    seconds, cpu = time.monotonic() - before, read_cpu_seconds(process.pid)
     stop(process)
-    return seconds
+    return seconds, cpu

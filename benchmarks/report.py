@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.figures import SECTIONS, Figures, Metric
+from benchmarks.figures import SECTIONS, Figures, Metric, order_peers
 from benchmarks.relay_cost import relay_microseconds
 from benchmarks.targets import TARGETS, Verdict, judge
 
@@ -191,7 +191,7 @@ def as_markdown(document: dict[str, Any]) -> str:
         judged.setdefault(target["key"], []).append(f"{target['target']}: {format_figure(target['value'])}, {word}")
     for section in SECTIONS.values():
         figures = {key: figure for key, figure in document["figures"].items() if figure["section"] == section}
-        peers = list(dict.fromkeys(peer for figure in figures.values() for peer in figure["peers"]))
+        peers = order_peers(peer for figure in figures.values() for peer in figure["peers"])
         if not peers:
             continue
         lines += ["", f"| {section} | {' | '.join(peers)} | targets |", f"|---|{'---:|' * len(peers)}---|"]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from benchmarks import load
 from benchmarks.figures import (
     START,
+    START_CPU,
     Figures,
     Metric,
     connections_metric,
@@ -42,18 +43,17 @@ class Plan:
 
     rounds: int = 3
     tcp_seconds: float = 3
-    round_trip_seconds: float = 1.5
+    round_trip_seconds: float = 0.6
+    round_trip_passes: int = 3  # short and often: the median of many runs is steadier than a long one
     connection_seconds: float = 2
-    udp_seconds: float = 2
+    udp_seconds: float = 1.5
     udp_gbits: tuple[float, ...] = (0.5, 1.0, 2.0)
     start_runs: int = 10
     idle_counts: tuple[int, ...] = (1000,)
     sections: tuple[str, ...] = ALL
 
 
-QUICK = Plan(
-    rounds=1, tcp_seconds=2, round_trip_seconds=1, connection_seconds=1, udp_seconds=1, udp_gbits=(0.5,), start_runs=3
-)
+QUICK = Plan(rounds=1, tcp_seconds=2, connection_seconds=1, udp_seconds=1, udp_gbits=(0.5,), start_runs=3)
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Suite:
             for streams in (1, 8):
                 for direction in DIRECTIONS:
                     for peer, attachment in self._turns(number, mtu):
-                        if streams in peer.streams:
+                        if streams == 1 or peer.thorough:
                             take = functools.partial(self._tcp, attachment, direction, streams)
                             metrics = [tcp_metric(direction, mtu, streams)]
                             if streams == 1:
@@ -137,7 +137,7 @@ class Suite:
 
     def _take_latency(self, number: int) -> None:
         cases: tuple[tuple[load.Protocol, int], ...] = (("tcp", 1), ("tcp", 100), ("udp", 100))
-        for protocol, size in cases:
+        for protocol, size in cases * self.plan.round_trip_passes:
             for peer, attachment in self._turns(number, SMALL):
                 metrics = [round_trip_metric(protocol, size, which) for which in ("p50", "p99")]
                 self._guard(metrics, peer.name, functools.partial(self._round_trips, attachment, protocol, size))
@@ -159,6 +159,8 @@ class Suite:
         for gbits in self.plan.udp_gbits:
             for direction in DIRECTIONS:
                 for peer, attachment in self._turns(number, SMALL):
+                    if not peer.thorough:
+                        continue
                     metrics = [udp_metric(direction, gbits, which) for which in ("delivered", "loss")]
                     self._guard(metrics, peer.name, functools.partial(self._udp, attachment, direction, gbits))
 
@@ -178,7 +180,7 @@ class Suite:
             self.say(f"round {number} of {self.plan.rounds}: {count} idle connections")
             metrics = [idle_metric(which, count) for which in ("ratio", "bytes", "p50")]
             for peer in self.peers:
-                if peer.name != "qemu-user":  # the same libslirp as slirp4netns
+                if peer.thorough:
                     self._guard(metrics, peer.name, functools.partial(self._idle, peer, count))
 
     def _idle(self, peer: Peer, count: int) -> list[float | None]:
@@ -192,7 +194,7 @@ class Suite:
     def _take_starts(self) -> None:
         for _ in range(self.plan.start_runs):
             for peer in self.peers:
-                self._guard([START], peer.name, functools.partial(self._start, peer))
+                self._guard([START, START_CPU], peer.name, functools.partial(self._start, peer))
 
     def _start(self, peer: Peer) -> list[float | None]:
-        return [measure_start(peer, self.around)]
+        return list(measure_start(peer, self.around))

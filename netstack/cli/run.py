@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from netstack.cli.service import PidFile, ReadyFd, Systemd
-    from netstack.cli.serving import Network
     from netstack.config import Config
+    from netstack.gateway import Network
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 

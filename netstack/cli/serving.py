@@ -7,7 +7,7 @@ it at once. SIGHUP asks to read the settings again.
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -15,26 +15,14 @@ from netstack.cli.faults import INPUT_ERRNOS, CommandError, InputError, say
 from netstack.control.api import ApiError, ApiListener, listen_tcp, listen_unix, serve_api
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from netstack.config import Config
     from netstack.control.log import Log
+    from netstack.gateway import Network
 
 # The promise is two seconds; the rest is for the interpreter's own end.
 DRAIN_SECONDS = 1.6
-
-
-class Network(Protocol):
-    """What the commands use of a network; `netstack.gateway.Network` is the one there is."""
-
-    def statistics(self) -> Mapping[str, Any]:
-        """Everything that is to be seen, ready for JSON."""
-
-    def reload(self, config: Config) -> list[str]:
-        """Take over the settings that can change while running; return the names of those that cannot."""
-
-    def protect_port(self, port: int) -> None:
-        """Refuse guests this port of the host's loopback."""
 
 
 class Signals:

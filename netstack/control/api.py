@@ -39,8 +39,7 @@ GRACE_SECONDS = 0.2  # for answers in flight when the network ends
 class StatusSource(Protocol):
     """The part of a network that the API shows."""
 
-    def statistics(self) -> Mapping[str, Any]:
-        """Everything that is to be seen, ready for JSON."""
+    def statistics(self) -> Mapping[str, Any]: ...  # everything that is to be seen, ready for JSON
 
 
 class ApiError(Exception):

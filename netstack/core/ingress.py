@@ -258,7 +258,7 @@ class Ingress:
             # RFC 9293 3.10.7.4: in TIME-WAIT a SYN beyond what we have seen opens anew. CONNECTING: the guest gave up
             # on its first attempt and begins another one.
             if (flow.state == TIME_WAIT and seq_gt(segment.seq, flow.rcv_nxt)) or flow.is_superseded_by(segment.seq):
-                flow.abort(now, "superseded", tell_guest=False)
+                flow.make_way(now)
                 flow = None
         if flow is None:
             if flags & (SYN | ACK | RST) == SYN:

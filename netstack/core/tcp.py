@@ -90,10 +90,12 @@ class TcpFlow:
     """One TCP conversation; every change of its state happens in this file (RFC 9293)."""
 
     __slots__ = (
+        "_asked_at",
         "_challenge_at",
         "_challenges",
         "_dup_acks_due",
         "_keepalive_probes",
+        "_link_lost",
         "ack_due",
         "ack_listed",
         "acked",
@@ -220,6 +222,8 @@ class TcpFlow:
         self.rtx_at = self.idle_at = self.timer_at = self.heap_at = NEVER
         self.heard_at = self.opened_at = now
         self._keepalive_probes = 0
+        self._asked_at = now  # when the last of them was sent, or the link was lost
+        self._link_lost = False
         self._challenges = 0
         self._challenge_at = 0.0
         self.bytes_from_guest = self.bytes_to_guest = 0
@@ -814,11 +818,19 @@ class TcpFlow:
         """Whether a new SYN means that the guest began again: the first got no answer, and this is no copy of it."""
         return self.state == CONNECTING and seq != self.irs
 
+    def make_way(self, now: float) -> None:
+        """A new connection of the guest takes this one's place. What the host has not taken yet still reaches it."""
+        if self.state == TIME_WAIT:
+            self._close(now, "closed")
+        else:
+            self.abort(now, "superseded", tell_guest=False)
+
     # ---- the guest's link ------------------------------------------------------------------------------------------
 
     def move_to(self, link: Link) -> None:
         """The guest is on another link now; headers and MSS follow."""
         self.link = link
+        self._link_lost = False
         # The queue of the other link may refer to these chunks still: they must not be recycled (Stack.flush).
         self.rtx = deque((seq, memoryview(bytes(view))) for seq, view in self.rtx)
         self.waits_for_link = False
@@ -832,9 +844,22 @@ class TcpFlow:
         if self.state in (CONNECTING, SYN_SENT, SYN_RECEIVED):
             self.abort(now, "link lost", tell_guest=False)
             return
-        self._keepalive_probes = KEEPALIVE_PROBES
-        self.idle_at = now + LINK_GRACE
-        self._arm()
+        self._link_lost = True
+        if self.state != TIME_WAIT:
+            self._keepalive_probes = KEEPALIVE_PROBES
+            self._asked_at = now
+            self.idle_at = now + LINK_GRACE
+            self._arm()
+
+    def _find_guest(self, now: float) -> None:
+        """Its link was lost. A guest that has nothing to say on this flow may have spoken elsewhere since."""
+        neighbor = self.stack.neighbors.find(self.guest)
+        if neighbor is not None and neighbor.mac == self.mac:
+            self.move_to(neighbor.link)
+            if self.state != TIME_WAIT:
+                self._keepalive_probes = 0
+                self.heard_at = min(self.heard_at, now - KEEPALIVE_IDLE)  # ask it at once: it may have forgotten us
+                self.idle_at = now
 
     def send_late_ack(self) -> None:
         """Nothing took the ACK along."""
@@ -850,6 +875,8 @@ class TcpFlow:
 
     def on_timer(self, now: float) -> None:
         """The earlier of rtx_at and idle_at has come, or had come when it was armed."""
+        if self._link_lost:
+            self._find_guest(now)
         if self.rtx_at <= now:
             self.rtx_at = NEVER
             if self.state == SYN_SENT:
@@ -871,16 +898,16 @@ class TcpFlow:
 
     def _on_idle(self, now: float) -> None:
         """Keep-alive (RFC 9293 3.8.4): is the guest still there?"""
-        quiet = now - self.heard_at
-        if quiet < KEEPALIVE_INTERVAL:
+        if self.heard_at > self._asked_at:
             self._keepalive_probes = 0
-        if quiet < KEEPALIVE_IDLE and not self._keepalive_probes:
+        if self.heard_at + KEEPALIVE_IDLE > now and not self._keepalive_probes:
             self.idle_at = self.heard_at + KEEPALIVE_IDLE
             return
         if self._keepalive_probes >= KEEPALIVE_PROBES:
             self.abort(now, "guest silent", tell_guest=True)
             return
         self._keepalive_probes += 1
+        self._asked_at = now
         tcp_output.send_probe(self)
         self.idle_at = now + KEEPALIVE_INTERVAL
 

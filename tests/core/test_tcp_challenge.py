@@ -68,7 +68,7 @@ def test_data_goes_on_while_challenges_are_limited() -> None:
     talk = established()
     for _ in range(20):
         talk.guest(seg("R", seq=100))
-    talk.received()
+        talk.received()
     talk.guest(seg("A", data=b"real"))
     talk.host.takes(b"real")
     talk.wait(0.01)

@@ -60,12 +60,14 @@ class AddressWire:
         self.wire.bind(("gateway0", 0))
 
     def run_until(self, process: subprocess.Popen[bytes]) -> None:
-        """Answer until the process ends."""
-        while process.poll() is None:
+        """Answer until the process has ended and nothing of it is left to be read."""
+        waiting = True
+        while process.poll() is None or waiting:
             now = time.monotonic()
             for message in self.ndp.on_timer(now):
                 self.send6(message)
-            if select.select([self.wire], [], [], 0.05)[0]:
+            waiting = bool(select.select([self.wire], [], [], 0.05)[0])
+            if waiting:
                 frame, source = self.wire.recvfrom(65536)
                 if source[2] != socket.PACKET_OUTGOING:
                     self.on_frame(frame, time.monotonic())
