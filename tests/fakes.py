@@ -7,6 +7,7 @@ raised once, ENOTCONN for a shutdown() of a socket that has ended, the lowest fr
 from __future__ import annotations
 
 import errno
+import heapq
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -159,7 +160,8 @@ class FakeHost:
         self.connects = True  # False: connect() stays pending
         self.refusal = 0  # an errno: connect() fails at once
         self.result = 0  # an errno: connect() fails at the next poll
-        self._used: set[int] = set()
+        self._free: list[int] = []
+        self._next_fd = _FIRST_FD
 
     def open_tcp(self, address: bytes, port: int) -> HostSocket:
         self.opened.append(("tcp", address, port))
@@ -199,19 +201,19 @@ class FakeHost:
         return self._datagram()
 
     def _datagram(self) -> FakeDatagramSocket:
-        sock = FakeDatagramSocket(self._lowest(10_000))
+        sock = FakeDatagramSocket(1_000_000 + len(self.datagrams))
         self.datagrams.append(sock)
         return sock
 
-    def _lowest(self, first: int = _FIRST_FD) -> int:
-        fd = first
-        while fd in self._used:
-            fd += 1
-        self._used.add(fd)
-        return fd
+    def _lowest(self) -> int:
+        """As the kernel does it: the lowest number that is free (POSIX, open())."""
+        if self._free:
+            return heapq.heappop(self._free)
+        self._next_fd += 1
+        return self._next_fd - 1
 
     def release(self, sock: FakeSocket) -> None:
-        self._used.discard(sock.fd)
+        heapq.heappush(self._free, sock.fd)
 
     def open_sockets(self) -> Iterator[FakeSocket]:
         return (sock for sock in self.sockets if not sock.closed)

@@ -34,6 +34,7 @@ class Limits:
     ping_flows: int = 256
     in_flight_bytes: int = 256 << 20  # sent to guests and not acknowledged
     for_host_bytes: int = 256 << 20  # accepted from guests and not yet taken by the host's sockets
+    out_of_order_bytes: int = 64 << 20  # of guests' segments that wait for one before them
     reassembly_bytes: int = 4 << 20
     neighbors: int = 4096
     icmp_errors_per_second: int = 1000

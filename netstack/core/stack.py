@@ -140,6 +140,7 @@ class Stack:
         self.acked_chunks: list[tuple[Link, NDArray[np.uint8]]] = []  # nor does its guest, as it says
         self.bytes_in_flight = 0
         self.bytes_for_host = 0
+        self.bytes_out_of_order = 0
         self._late_acks = _LateAcks(self)
         self._ingress = Ingress(self)
         self._secret = secret

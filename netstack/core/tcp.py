@@ -158,6 +158,7 @@ class TcpFlow:
         "to_host_bytes",
         "touched",
         "waits_for_link",
+        "window_shut",
         "writer",
     )
 
@@ -200,6 +201,7 @@ class TcpFlow:
         self.host_eof = self.host_shut = self.fin_sent = False
         self.stalled = False  # the host may have data that the guest's window or link has no room for
         self.waits_for_link = False
+        self.window_shut = False  # the guest's window closed over what is in flight
         # The receive sequence space. rcv_adv is RCV.NXT + RCV.WND, the right edge we promised; it never moves left.
         self.irs = self.rcv_nxt = self.rcv_adv = self.last_ack = 0
         self.rcv_shift = 0
@@ -548,7 +550,7 @@ class TcpFlow:
         self.guest_fin = True
         self.ack_due = True
         self._dup_acks_due = max(self._dup_acks_due, 1)  # at once: the guest waits for it in FIN-WAIT-1
-        self.out_of_order = None
+        self._forget_out_of_order()
         self.fast = False
         if self.state == ESTABLISHED:
             self.state = CLOSE_WAIT
@@ -565,8 +567,12 @@ class TcpFlow:
             queue = self.out_of_order = []
             # A loss: the guest's queue overflowed or the window was too wide for it.
             self.rcv_limit = max(RCV_INITIAL, self.rcv_limit // 2)
-        if len(queue) >= OUT_OF_ORDER_SEGMENTS:
-            self.stack.counters.drop("tcp_out_of_order_full")
+        stack = self.stack
+        if (
+            len(queue) >= OUT_OF_ORDER_SEGMENTS
+            or stack.bytes_out_of_order + len(view) > stack.limits.out_of_order_bytes
+        ):
+            stack.counters.drop("tcp_out_of_order_full")
             return
         at = len(queue)
         offset = (seq - self.rcv_nxt) & M
@@ -575,6 +581,7 @@ class TcpFlow:
         if at and queue[at - 1][0] == seq and len(queue[at - 1][1]) >= len(view):
             return
         queue.insert(at, (seq, bytes(view)))
+        stack.bytes_out_of_order += len(view)
 
     def _take_out_of_order(self) -> None:
         """Move what is in order now from the queue to the batch."""
@@ -585,12 +592,18 @@ class TcpFlow:
             if skip >= HALF:
                 return
             del queue[0]
+            self.stack.bytes_out_of_order -= len(data)
             if skip < len(data):
                 view = memoryview(data)[skip:]
                 self.batch.append(view)
                 self.rcv_nxt = (self.rcv_nxt + len(view)) & M
                 self.ack_due = True
                 self._dup_acks_due = max(self._dup_acks_due, 1)  # RFC 5681 4.2: at once when a gap is filled
+        self.out_of_order = None
+
+    def _forget_out_of_order(self) -> None:
+        if self.out_of_order:
+            self.stack.bytes_out_of_order -= sum(len(data) for _, data in self.out_of_order)
         self.out_of_order = None
 
     def finish_batch(self, now: float) -> None:
@@ -608,6 +621,8 @@ class TcpFlow:
             tcp_output.on_acked(self, now)
         if self.dup_acks >= 3 and not self.in_recovery:
             tcp_output.fast_retransmit(self, now)
+        if self.window_shut and self.snd_wnd:
+            tcp_output.on_window_opened(self, now)
         if self.stalled:
             tcp_output.pump(self, now)
         if self.guest_fin and not self.to_host:
@@ -655,13 +670,20 @@ class TcpFlow:
     def _keep_for_host(self, batch: list[memoryview], skip: int, now: float) -> None:
         if self.to_host is None:
             self.to_host = deque()
+        queue = self.to_host
+        kept = 0
         for view in batch:
             if skip >= len(view):
                 skip -= len(view)
                 continue
-            self.to_host.append(bytes(view[skip:]))
+            piece = bytes(view[skip:])
             skip = 0
-        kept = sum(map(len, self.to_host)) - self.to_host_bytes
+            kept += len(piece)
+            # The budget counts bytes, so one-byte segments must not cost an object each.
+            if queue and len(queue[-1]) + len(piece) <= tcp_output.MERGED:
+                queue[-1] += piece
+            else:
+                queue.append(piece)
         self.to_host_bytes += kept
         self.stack.bytes_for_host += kept
         if self.stack.bytes_for_host > self.stack.limits.for_host_bytes:
@@ -774,7 +796,7 @@ class TcpFlow:
         for _, view in self.rtx:
             stack.bytes_in_flight -= len(view)
         self.rtx.clear()
-        self.out_of_order = None
+        self._forget_out_of_order()
         self.ack_due = False
         if self.batch:
             self._deliver(now)

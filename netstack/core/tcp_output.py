@@ -58,6 +58,9 @@ CHUNK = 1 << 18
 # time of a transfer to a guest, measured), memory used a moment ago is in the cache.
 POOLED_CHUNKS = 32
 
+# Small pieces of data that wait are put together up to this size: an entry of its own costs some 300 bytes.
+MERGED = 2048
+
 # Above this MSS a segment is worth a sendmsg() entry of its own, and copying it into a burst is not.
 _BURST_MSS = 9000
 _BURST_MINIMUM = 4
@@ -72,6 +75,9 @@ _RTO_MAXIMUM = 60.0
 # with 1 s doubling, 7 SYNs are 127 s, Linux' tcp_syn_retries of 6.
 _RETRIES = 12
 _SYN_RETRIES = 6
+
+# RFC 9293 3.8.6.2.1 (4): after 0.1 to 1 second even a silly window is filled.
+_OVERRIDE = 0.2
 
 # A flow that the stack's budget holds back tries again so soon.
 _BUDGET_RETRY = 0.1
@@ -160,8 +166,8 @@ def send_fin(flow: TcpFlow, now: float) -> None:
         flow.arm_retransmission(now + flow.rto)
 
 
-def pump(flow: TcpFlow, now: float) -> None:
-    """Read once from the host, as much as the guest may get now, and send it."""
+def pump(flow: TcpFlow, now: float, *, override: bool = False) -> None:
+    """Read once from the host, as much as the guest may get now, and send it; `override`: however little that is."""
     sock = flow.sock
     if sock is None or not flow.sending:
         flow.stalled = False
@@ -173,8 +179,8 @@ def pump(flow: TcpFlow, now: float) -> None:
     stack = flow.stack
     share = (stack.limits.in_flight_bytes - stack.bytes_in_flight) >> 2
     space = min(flow.snd_wnd, SND_MAXIMUM, in_flight + share) - in_flight
-    if space < mss and (space <= 0 or (in_flight and space < flow.max_snd_wnd >> 1)):
-        # Sender's silly window avoidance (RFC 9293 3.8.6.2.1): with something in flight, the ACK of it will tell.
+    if space < mss and (space <= 0 or (space < flow.max_snd_wnd >> 1 and not override)):
+        # Sender's silly window avoidance (RFC 9293 3.8.6.2.1). With something in flight, the ACK of it will tell.
         _stall(flow)
         if not in_flight:
             _await_window(flow, now)
@@ -223,20 +229,27 @@ def _stall(flow: TcpFlow) -> None:
 
 
 def _await_window(flow: TcpFlow, now: float) -> None:
-    """Nothing is in flight, so no ACK will come by itself: probe a closed window, or ask the budget again soon."""
-    if flow.rtx_at != NEVER:
+    """Nothing is in flight, so no ACK will come by itself: probe a closed window, or try again soon."""
+    if flow.snd_wnd == 0:
+        if flow.rtx_at == NEVER:
+            flow.arm_retransmission(now + min(flow.rto * (1 << flow.retries), _RTO_MAXIMUM))
         return
-    if flow.snd_wnd < min(flow.mss, max(1, flow.max_snd_wnd >> 1)):
-        flow.arm_retransmission(now + min(flow.rto * (1 << flow.retries), _RTO_MAXIMUM))
-    else:
-        flow.arm_retransmission(now + _BUDGET_RETRY)
+    silly = flow.snd_wnd < min(flow.mss, flow.max_snd_wnd >> 1)
+    at = now + (_OVERRIDE if silly else _BUDGET_RETRY)
+    if at < flow.rtx_at:  # which may be that of a probe, and a minute away
+        flow.arm_retransmission(at)
 
 
 def _send_chunk(flow: TcpFlow, view: memoryview, n: int, now: float) -> None:
     """Send n bytes as segments, all of them within the guest's window."""
     seq = flow.snd_nxt
     mss = flow.mss
-    flow.rtx.append((seq, view))
+    rtx = flow.rtx
+    if rtx and n < MERGED and len(rtx[-1][1]) + n <= MERGED:
+        first, data = rtx[-1]
+        rtx[-1] = (first, memoryview(b"".join((data, view))))
+    else:
+        rtx.append((seq, view))
     flow.stack.bytes_in_flight += n
     flow.bytes_to_guest += n
     window = advertised_window(flow)
@@ -356,10 +369,27 @@ def on_retransmit_timeout(flow: TcpFlow, now: float) -> None:
     flow.dup_acks = 0
     flow.stack.counters.tcp_timeouts += 1
     if flow.snd_wnd == 0:
+        flow.window_shut = True
         send_probe(flow)  # it shrank its window over what is in flight; the segment itself would be dropped
+        flow.arm_retransmission(now + min(flow.rto * (1 << flow.retries), _RTO_MAXIMUM))
     else:
         _retransmit(flow)
-    flow.arm_retransmission(now + min(flow.rto * (1 << flow.retries), _RTO_MAXIMUM))
+        # RFC 6298 5.5 and 5.7: the doubled RTO stays until the next measurement. Otherwise a guest that takes longer
+        # than the RTO would get everything twice for ever, because what was sent twice is not measured.
+        flow.rto = min(flow.rto * 2, _RTO_MAXIMUM)
+        flow.arm_retransmission(now + flow.rto)
+
+
+def on_window_opened(flow: TcpFlow, now: float) -> None:
+    """The window that was closed over what is in flight is open again.
+
+    A guest that was out of memory may have thrown that away (Linux: tcp_prune_queue), and the timer is backed off.
+    """
+    flow.window_shut = False
+    flow.retries = 0
+    if flow.snd_una != flow.snd_nxt:
+        _retransmit(flow)
+        flow.arm_retransmission(now + flow.rto)
 
 
 def _on_window_timeout(flow: TcpFlow, now: float) -> None:
@@ -367,8 +397,8 @@ def _on_window_timeout(flow: TcpFlow, now: float) -> None:
     if not flow.stalled:
         flow.retries = 0
         return
-    if flow.snd_wnd >= min(flow.mss, max(1, flow.max_snd_wnd >> 1)):
-        pump(flow, now)
+    if flow.snd_wnd:
+        pump(flow, now, override=flow.snd_wnd < min(flow.mss, flow.max_snd_wnd >> 1))
         return
     # An answer resets retries only when data is acknowledged; here any sign of life does, so that a zero window may
     # last for ever (RFC 9293 3.8.6.1), and a guest that is gone does not.

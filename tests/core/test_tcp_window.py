@@ -7,6 +7,7 @@ import random
 import pytest
 
 from netstack.core.flows import Limits
+from netstack.core.ports import READABLE, WRITABLE
 from netstack.core.tcp_output import RCV_INITIAL, RCV_MAXIMUM
 from tests.script import Talk, close_wait, established, seg
 from tests.world import World
@@ -64,7 +65,6 @@ def test_the_guests_probe_of_our_zero_window_is_answered() -> None:
     talk.guest(seg("A", seq=talk.next - 1))
     talk.expect(seg("A", ack=65536, win=0))
     talk.guest(seg("A", seq=talk.next, data=b"?"))
-    talk.wait(0.01)
     talk.expect(seg("A", ack=65536, win=0))
     assert talk.world.stack.bytes_for_host == 65535
 
@@ -116,7 +116,7 @@ def test_the_window_does_not_grow_without_scale() -> None:
     """RFC 7323 2.2: 16 bits are all there is."""
     talk = established(mtu=65520, mss=65480, scale=None)
     for _ in range(4):
-        talk.guest(seg("A", data=bytes(_edge(talk))))
+        talk.guest(seg("A", data=bytes(60_000)), seg("A", data=bytes(_edge(talk) - 60_000)))
         assert [each.win for each in talk.received()] == [65535]
     assert talk.flow.rcv_limit == RCV_INITIAL
 
@@ -243,7 +243,7 @@ def test_silly_windows_are_not_filled() -> None:
     assert len(talk.data()) == 4000
     talk.guest(seg("A", ack=1001, win=3300))  # room for 300
     talk.silence()
-    talk.guest(seg("A", ack=2001, win=3500))  # 1,500
+    talk.guest(seg("A", ack=2001, win=3000))  # 1,000
     talk.expect(seg("PA", seq=4001))
 
 
@@ -255,12 +255,12 @@ def test_a_silly_window_with_nothing_in_flight_waits_for_the_override_timeout() 
     talk.received()
     talk.guest(seg("A", win=1))
     talk.silence()
-    talk.wait(1.1)
+    talk.wait(0.25)
     (got,) = talk.expect(seg("PA", seq=4001))
     assert got.data == b"x"
     talk.guest(seg("A", win=3))
     talk.silence()
-    talk.wait(1.1)
+    talk.wait(0.25)
     (got,) = talk.expect(seg("PA", seq=4002))
     assert got.data == b"xxx"
     talk.guest(seg("A", win=1000))
@@ -305,33 +305,29 @@ def test_many_guests_that_never_acknowledge_stay_within_the_budget() -> None:
 
 
 def test_twenty_thousand_flows_that_never_acknowledge() -> None:
-    """Issue 2, "Bad input". The checks of every step would take minutes here: the budget is looked at instead."""
-    world = World(limits=Limits(in_flight_bytes=8 << 20), oracle=False)
+    """Issue 2, "Bad input". To check every flow at each step would take minutes; the budget is looked at instead."""
+    budget = 1 << 20
+    world = World(limits=Limits(in_flight_bytes=budget), oracle=False)
     link = world.add_link()
     talk = Talk(world=world, link=link)
     stack = world.stack
-    world.check = lambda: None  # type: ignore[method-assign]
     for n in range(20_000):
         talk.port, talk.next, talk.iss, talk._sock = 1024 + n, 0, None, None
-        world.feed(link, talk.frame(seg("S", mss=1460, scale=7, win=65535)))
-        sock = talk.host
-        flow = talk.flow
-        flow.on_ready(4, world.now)
+        world.feed(link, talk.frame(seg("S", mss=1460, scale=7)))
+        flow, sock = talk.flow, talk.host
+        flow.on_ready(WRITABLE, world.now)
         talk.iss = flow.iss
-        talk.next = 1
         world.feed(link, talk.frame(seg("A", ack=1)))
-        sock.sends(bytes(10_000))
-        flow.on_ready(1, world.now)
-        assert stack.bytes_in_flight <= 8 << 20
+        sock.sends(bytes(1000))
+        flow.on_ready(READABLE, world.now)
+        assert stack.bytes_in_flight <= budget
         if n % 1000 == 0:
             stack.flush()
             link.frames.clear()
     assert len(stack.flows) == 20_000
+    assert sum(len(view) for flow in stack.flows for _, view in flow.rtx) == stack.bytes_in_flight > budget // 2
+    stack.flush()
     link.frames.clear()
-    for sock in world.host.sockets:
-        assert len(sock.inbox) + 10_000 >= 10_000
-    held = sum(len(view) for flow in stack.flows for _, view in flow.rtx)
-    assert held == stack.bytes_in_flight > 7 << 20
 
 
 def test_hosts_that_do_not_read_stay_within_the_budget() -> None:
@@ -381,7 +377,8 @@ def test_small_pieces_that_the_guest_does_not_acknowledge_are_kept_together() ->
     talk.guest(seg("A", ack=1501))
     talk.wait(1.5)
     got = talk.received()
-    assert got[0].data == data[1500:2960]
+    assert len(got[0].data) > 500
+    assert got[0].data == data[1500 : 1500 + len(got[0].data)]
 
 
 def test_segments_out_of_order_stay_within_their_budget() -> None:

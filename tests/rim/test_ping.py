@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import socket
 import time
 from collections.abc import Iterator
 from typing import Self
@@ -11,9 +12,9 @@ import pytest
 
 from netstack.core.icmp import IcmpLayer, write_request
 from netstack.host.datagrams import AddressNames, HostDatagramSocket
-from netstack.host.ping import open_ping
+from netstack.host.ping import MacosPingSocket, open_ping
 from netstack.wire.icmp import PROHIBITED, TTL_EXCEEDED, write_echo, write_echo6
-from netstack.wire.ipv4 import parse_ipv4
+from netstack.wire.ipv4 import parse_ipv4, write_ipv4
 from netstack.wire.ipv6 import parse_ipv6
 from tests.core.ip_fakes import GUEST4, GUEST6, MAC, FakeLink
 from tests.lab.namespaces import FAR4, FAR6, FAR_MTU, ROUTER4, ROUTER6, UNREACHABLE4, UNREACHABLE6, World
@@ -183,3 +184,50 @@ def test_a_host_that_forbids_pings_says_prohibited(version: int) -> None:
         world.allow_ping(True)  # no restart is needed
         guest.ping(packed(FAR[version]), 4)
         guest.stack.pump(lambda: guest.stack.packets, "a reply")
+
+
+class TestMacos:
+    """The socket for macOS does itself what Linux' kernel does. A UDP socket stands for its kernel, which passes bytes."""
+
+    @pytest.fixture
+    def kernel(self) -> Iterator[socket.socket]:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as kernel:
+            kernel.bind(("127.0.0.1", 0))
+            kernel.settimeout(10)
+            yield kernel
+
+    @pytest.fixture
+    def sock(self) -> Iterator[MacosPingSocket]:
+        sock = MacosPingSocket(socket.socket(socket.AF_INET, socket.SOCK_DGRAM), AddressNames())
+        yield sock
+        sock.close()
+
+    def test_requests_get_an_identifier_and_a_checksum(self, kernel: socket.socket, sock: MacosPingSocket) -> None:
+        port = kernel.getsockname()[1]
+        sock.send_to(request(4, 7), packed("127.0.0.1"), port, 64, True)
+        message = kernel.recv(2000)
+        ident = int.from_bytes(message[4:6], "big")
+        assert message == write_echo(ident, 7, b"payload", reply=False)
+        sock.send_to(request(4, 8), packed("127.0.0.1"), port, 64, True)
+        assert kernel.recv(2000)[4:6] == message[4:6]
+        with pytest.raises(OSError):
+            sock.send_to(b"short", packed("127.0.0.1"), port, 64, True)
+
+    def test_only_its_own_replies_and_without_the_ip_header(self, kernel: socket.socket, sock: MacosPingSocket) -> None:
+        sock.send_to(request(4, 7), packed("127.0.0.1"), kernel.getsockname()[1], 64, True)
+        message, source = kernel.recvfrom(2000)
+        ident = int.from_bytes(message[4:6], "big")
+        own = write_echo(ident, 7, b"payload", reply=True)
+        foreign = write_echo(ident ^ 1, 7, b"foreign", reply=True)
+        header = write_ipv4(packed(FAR4), packed("198.51.100.1"), 1, len(own))
+        for item in (b"", b"\x45", header + foreign, foreign, header + own):
+            kernel.sendto(item, source)
+        wait_readable(sock)
+        buffer = memoryview(bytearray(65536))
+        length, segment, address, _ = sock.receive_from(buffer)
+        assert (length, segment, address) == (len(own), len(own), packed("127.0.0.1"))
+        assert bytes(buffer[:length]) == own
+        kernel.sendto(header + foreign, source)
+        wait_readable(sock)
+        with pytest.raises(BlockingIOError):
+            sock.receive_from(buffer)
