@@ -11,6 +11,7 @@ class Counters:
         self.frames_from_guest = 0
         self.frames_slow = 0  # of these, what the fast path did not know
         self.frames_switched = 0  # from guest to guest
+        self.group_packets = 0  # broadcast and multicast that the switch flooded and no service of ours wanted
         self.icmp_errors_sent = 0
         self.tcp_opened = 0
         self.tcp_closed = 0

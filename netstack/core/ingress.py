@@ -5,7 +5,7 @@ whole, is it for us or for the world), then `_on_tcp`, `_on_udp` or ICMP. What d
 under the name given here; nothing raises. Fragments go to `core.reassembly` and come back in as one packet.
 
 Reasons: ethernet_short, ethernet_bad_source, ethertype_unknown, ipv4_malformed, ipv6_malformed, source_not_its_own,
-fragment_* and reassembly_* (core.reassembly), not_forwarded (broadcast, multicast), protocol_unknown, tcp_malformed,
+fragment_* and reassembly_* (core.reassembly), not_forwarded (TCP to a group), protocol_unknown, tcp_malformed,
 tcp_no_flow, tcp_no_route, tcp_flow_table_full, tcp_flows_of_guest, udp_bad_length, ttl_exceeded.
 """
 
@@ -165,13 +165,13 @@ class Ingress:
             self._on_udp(link, mac, packet, buffer, now, whole=whole)
         elif protocol == PROTOCOL_ICMP and len(packet.src) == 4:
             if self._addresses.is_group(packet.dst):
-                self._counters.drop("not_forwarded")  # RFC 1122 3.2.2.6: an echo to a group may be ignored
+                self._counters.group_packets += 1  # RFC 1122 3.2.2.6: an echo to a group may be ignored
             else:
                 self._stack.icmp.on_icmp4(link, mac, packet, buffer, now, whole=whole)
         elif protocol == PROTOCOL_ICMP6 and len(packet.src) == 16:
             self._on_icmp6(link, mac, packet, buffer, now, whole=whole)
         elif protocol in (_PROTOCOL_IGMP, NO_NEXT_HEADER):
-            self._counters.drop("not_forwarded")
+            self._counters.group_packets += 1
         else:
             self._counters.drop("protocol_unknown")
             parameter = packet.protocol_at - packet.header_start if isinstance(packet, Ipv6) else 0
@@ -186,11 +186,11 @@ class Ingress:
         if kind in _NDP:
             self._stack.on_ndp(link, mac, packet, buffer, now)
         elif kind in _LISTENER:
-            self._counters.drop("not_forwarded")
+            self._counters.group_packets += 1
         elif packet.src == UNSPECIFIED6:
             self._counters.drop("source_not_its_own")
         elif packet.dst[0] == 0xFF and buffer[packet.payload_start] != icmp.ECHO_REQUEST6:
-            self._counters.drop("not_forwarded")
+            self._counters.group_packets += 1
         else:
             self._stack.icmp.on_icmp6(link, mac, packet, buffer, now, whole=whole)
 
@@ -213,7 +213,7 @@ class Ingress:
                 service(Datagram(payload, link, mac, packet.src, datagram.src_port, dst, datagram.dst_port), now)
                 return
             if group:
-                self._counters.drop("not_forwarded")
+                self._counters.group_packets += 1
                 return
             if dst in (self._addresses.dns, self._addresses.dns6) or stack.is_protected(datagram.dst_port):
                 original = buffer[packet.header_start : packet.payload_end]

@@ -79,8 +79,20 @@ class LeaseTable:
     _by_address6: dict[bytes, Lease] = field(init=False, default_factory=dict)
     _by_mac: dict[bytes, list[Lease]] = field(init=False, default_factory=dict)
     _by_client_id: dict[bytes, list[Lease]] = field(init=False, default_factory=dict)
+    _by_name: dict[str, Lease] = field(init=False, default_factory=dict)
+    # What nobody took up, and what was declined: both in the order in which they end.
+    _offers: dict[int, Lease] = field(init=False, default_factory=dict)
+    _quarantined: dict[int, Lease] = field(init=False, default_factory=dict)
+    # What the settings give to whom.
     _static_by_mac: dict[bytes, StaticLease] = field(init=False, default_factory=dict)
-    _kept_free: set[int] = field(init=False, default_factory=set)
+    _static_hosts: dict[int, bytes] = field(init=False, default_factory=dict)
+    _static_addresses6: set[bytes] = field(init=False, default_factory=set)
+    _static_names: dict[str, bytes] = field(init=False, default_factory=dict)
+    _reserved_hosts: set[int] = field(init=False, default_factory=set)
+    # Bit n: the number first + n has no record, and is nobody's by the settings.
+    _fresh: int = field(init=False, default=0)
+    # No confirmed lease ends before this.
+    _none_ends_before: float = field(init=False, default=NEVER)
 
     def __post_init__(self) -> None:
         size = 1 << (32 - self.prefix_length)
@@ -88,13 +100,27 @@ class LeaseTable:
         # reserved addresses are skipped anyway.
         self.first = FIRST_HOST if size > FIRST_HOST + 1 else 1
         self.last = min(size - 2, self.first + MAX_LEASES - 1)
-        hosts = (self._host_of(address) for address in self.reserved)
-        self._kept_free = {host for host in hosts if host is not None}
+        self._reserved_hosts = {host for address in self.reserved if (host := self._host_of(address)) is not None}
         self.set_statics(self.statics)
 
     def set_statics(self, statics: Iterable[StaticLease]) -> None:
         """Replace the static leases. Records that they contradict go away when their guests ask the next time."""
         self._static_by_mac = {static.mac: static for static in statics}
+        self._static_hosts.clear()
+        self._static_addresses6.clear()
+        self._static_names.clear()
+        for static in self._static_by_mac.values():
+            host = self._host_of(static.address) if static.address is not None else None
+            if host is not None:
+                self._static_hosts[host] = static.mac
+            if static.address6 is not None:
+                self._static_addresses6.add(static.address6)
+            if static.name:
+                self._static_names[static.name] = static.mac
+        self._fresh = 0
+        for host in range(self.first, self.last + 1):
+            if host not in self._by_host:
+                self._mark_fresh(host)
 
     # What others ask about guests.
 
@@ -120,7 +146,8 @@ class LeaseTable:
         lease = self.find_address(address)
         if lease is not None and lease.is_live(now):
             return lease.mac
-        return next((static.mac for static in self._static_by_mac.values() if address == static.address), None)
+        host = self._host_of(address)
+        return None if host is None else self._static_hosts.get(host)
 
     def find_mac(self, mac: bytes) -> Lease | None:
         """Give the record of a guest, live or not; the one used last if it has several."""
@@ -128,10 +155,8 @@ class LeaseTable:
 
     def find_name(self, name: str, now: float) -> Lease | None:
         """Give the live lease of the guest with this name (one label, any case)."""
-        wanted = name.lower()
-        if not wanted:
-            return None
-        return next((lease for lease in self._by_host.values() if lease.name == wanted and lease.is_live(now)), None)
+        lease = self._by_name.get(name.lower())
+        return lease if lease is not None and lease.is_live(now) else None
 
     # What the servers do. Each gives the lease, or None when the guest cannot have it.
 
@@ -146,7 +171,7 @@ class LeaseTable:
                 return None
         self._claim(lease, mac, client_id, link)
         lease.expires_at = max(lease.expires_at, now + OFFER_TIME)
-        self._tell("offered", lease)
+        self._offered(lease)
         return lease
 
     def bind(
@@ -166,11 +191,12 @@ class LeaseTable:
             if not self._is_free(host, now, mac) or self._is_greedy(link, now):
                 return None
             lease = self._create(host, mac, now)
-        elif lease.address != address or lease.quarantined_until > now:
+        elif lease.address != address:
             return None
         self._claim(lease, mac, client_id, link)
-        self._confirm(lease, name, now)
+        renewed = lease.is_live(now)
         lease.expires_at = now + self.lease_time
+        self._confirm(lease, name, now, renewed)
         return lease
 
     def bind6(
@@ -187,11 +213,12 @@ class LeaseTable:
         self._claim(lease, mac, b"", link)
         lease.duid = duid[:MAX_CLIENT_ID] or lease.duid
         if commit:
-            self._confirm(lease, name, now)
+            renewed = lease.is_live(now)
             lease.expires6_at = now + self.lease_time
+            self._confirm(lease, name, now, renewed)
         else:
             lease.expires6_at = max(lease.expires6_at, now + OFFER_TIME)
-            self._tell("offered", lease)
+            self._offered(lease)
         return lease
 
     def release(self, mac: bytes, address: bytes, now: float) -> Lease | None:
@@ -203,6 +230,7 @@ class LeaseTable:
             lease.expires_at = min(lease.expires_at, now)
         else:
             lease.expires6_at = min(lease.expires6_at, now)
+        self._none_ends_before = min(self._none_ends_before, now)
         self.version += 1
         self._tell("released", lease)
         return lease
@@ -218,12 +246,13 @@ class LeaseTable:
             # The settings say who has this address; all there is to do is to tell.
             self._tell("declined", lease)
             return lease
-        held = sorted((other for other in self._by_host.values() if other.quarantined_until > now), key=Lease.free_at)
-        if len(held) >= max(1, (self.last - self.first + 1) // 4):
-            self._forget(held[0])
+        if len(self._quarantined) >= max(1, (self.last - self.first + 1) // 4):
+            self._forget(next(iter(self._quarantined.values())))
         lease.expires_at = lease.expires6_at = min(lease.free_at(), now)
         lease.quarantined_until = now + QUARANTINE_TIME
         lease.confirmed = False
+        self._offers.pop(lease.host, None)
+        self._quarantined[lease.host] = lease
         self.version += 1
         self._tell("declined", lease)
         return lease
@@ -232,10 +261,12 @@ class LeaseTable:
         """Give the record another IPv6 address. There are enough of them, so the guest keeps its IPv4 address."""
         static = self._static_by_mac.get(lease.mac)
         if lease.address6 is not None and (static is None or static.address6 is None):
+            other = self._find_free6(int.from_bytes(lease.address6, "big"))
             self._drop_index(lease)
-            lease.address6 = (int.from_bytes(lease.address6, "big") + ALTERNATE_STEP).to_bytes(16, "big")
+            lease.address6 = other
             self._add_index(lease)
             lease.expires6_at = min(lease.expires6_at, now)
+            self._none_ends_before = min(self._none_ends_before, now)
         self._tell("declined", lease)
         return lease
 
@@ -251,8 +282,9 @@ class LeaseTable:
         lease.expires_at = min(old.expires_at, now + self.lease_time)
         lease.expires6_at = min(old.expires6_at, now + self.lease_time)
         lease.confirmed = True
-        name = clean_name(old.name)
-        lease.name = self._unused_name(name, lease, now) if name else ""
+        self._offers.pop(host, None)
+        self._none_ends_before = min(self._none_ends_before, lease.free_at())
+        self._name(lease, clean_name(old.name), now)
         return True
 
     def withdraw_offer(self, mac: bytes, client_id: bytes, now: float) -> None:
@@ -283,11 +315,9 @@ class LeaseTable:
     def _still_fits(self, lease: Lease) -> bool:
         """Whether the settings still allow this record; forgets it otherwise."""
         wanted = self._static_by_mac.get(lease.mac)
-        owner = next((s for s in self._static_by_mac.values() if s.address == lease.address), None)
-        fits = owner is None or owner.mac == lease.mac
+        fits = self._static_hosts.get(lease.host, lease.mac) == lease.mac
         fits &= wanted is None or wanted.address in (None, lease.address)
         fits &= wanted is None or wanted.address6 in (None, lease.address6)
-        fits &= lease.host not in self._kept_free or lease.static
         if not fits:
             self._forget(lease)
         return fits
@@ -308,29 +338,32 @@ class LeaseTable:
         host = self._host_of(requested) if requested is not None else None
         if host is not None and self._is_free(host, now, mac):
             return self._create(host, mac, now)
-        for lease in list(self._by_host.values()):
-            # An offer that nobody took up is not worth remembering.
-            if not lease.confirmed and lease.free_at() <= now:
+        for unconfirmed in (self._offers, self._quarantined):
+            # They are not worth remembering once they are over.
+            while unconfirmed and (lease := next(iter(unconfirmed.values()))).free_at() <= now:
                 self._forget(lease)
-        owned = self._owned_by_statics()
-        for host in range(self.first, self.last + 1):
-            if host not in self._by_host and host not in self._kept_free and host not in owned:
-                return self._create(host, mac, now)
-        dynamic = [lease for lease in self._by_host.values() if not lease.static]
-        expired = [lease for lease in dynamic if lease.free_at() <= now]
-        offered = [lease for lease in dynamic if not lease.confirmed and lease.quarantined_until <= now]
-        oldest = min(expired or offered, key=Lease.free_at, default=None)
-        if oldest is None:
+        if self._fresh:
+            return self._create(self.first + (self._fresh & -self._fresh).bit_length() - 1, mac, now)
+        oldest = self._find_expired(now) or next(iter(self._offers.values()), None)
+        return None if oldest is None else self._create(oldest.host, mac, now)
+
+    def _find_expired(self, now: float) -> Lease | None:
+        """Give the confirmed record whose lease ended longest ago. Looks through all of them only when one may have."""
+        if now < self._none_ends_before:
             return None
-        self._forget(oldest)
-        return self._create(oldest.host, mac, now)
+        confirmed = (lease for lease in self._by_host.values() if lease.confirmed and not lease.static)
+        oldest = min(confirmed, key=Lease.free_at, default=None)
+        if oldest is not None and oldest.free_at() <= now:
+            return oldest
+        self._none_ends_before = oldest.free_at() if oldest is not None else now
+        return None
 
     def _is_free(self, host: int, now: float, mac: bytes) -> bool:
         """Whether this number may go to this guest, at its own wish."""
         static = self._static_by_mac.get(mac)
         if static is not None and static.address is not None:
             return self._host_of(static.address) == host
-        if not self.first <= host <= self.last or host in self._kept_free or host in self._owned_by_statics():
+        if not self.first <= host <= self.last or host in self._reserved_hosts or host in self._static_hosts:
             return False
         lease = self._by_host.get(host)
         return lease is None or (lease.free_at() <= now and not lease.static)
@@ -338,12 +371,9 @@ class LeaseTable:
     def _is_greedy(self, link: str, now: float) -> bool:
         """Whether a link already holds so many leases that its next one would come out of the others' share."""
         size = self.last - self.first + 1
-        if not link or len(self._by_host) * 4 < size * 3:
+        if not link or (len(self._by_host) - len(self._offers)) * 4 < size * 3:
             return False
         return sum(lease.link == link and lease.is_live(now) for lease in self._by_host.values()) * 4 >= size * 3
-
-    def _owned_by_statics(self) -> set[int | None]:
-        return {self._host_of(static.address) for static in self._static_by_mac.values() if static.address is not None}
 
     def _host_of(self, address: bytes) -> int | None:
         """Give the host number of an IPv4 address, None when it is not one of this network's hosts."""
@@ -359,6 +389,10 @@ class LeaseTable:
         lease = Lease(host, address, self._choose6(host, static), mac)
         lease.static = static is not None and static.address is not None
         self._by_host[host] = lease
+        if self.first <= host <= self.last:
+            self._fresh &= ~(1 << (host - self.first))
+        if not lease.static:
+            self._offers[host] = lease
         self._add_index(lease)
         return lease
 
@@ -370,11 +404,13 @@ class LeaseTable:
             return static.address6
         if self.prefix6 is None:
             return None
-        number = int.from_bytes(self.prefix6, "big") + mirror_host(host)
-        taken = {other.address6 for other in self._static_by_mac.values()} | self._by_address6.keys()
-        while number.to_bytes(16, "big") in taken:
+        return self._find_free6(int.from_bytes(self.prefix6, "big") + mirror_host(host))
+
+    def _find_free6(self, number: int) -> bytes:
+        """Give the first IPv6 address that is nobody's: this one, or one in steps behind it."""
+        while (address := number.to_bytes(16, "big")) in self._by_address6 or address in self._static_addresses6:
             number += ALTERNATE_STEP
-        return number.to_bytes(16, "big")
+        return address
 
     def _claim(self, lease: Lease, mac: bytes, client_id: bytes, link: str) -> None:
         """Write down who the record belongs to now, and keep the indexes right."""
@@ -385,31 +421,57 @@ class LeaseTable:
             self._add_index(lease)
         lease.link = link or lease.link
 
-    def _confirm(self, lease: Lease, name: str, now: float) -> None:
-        renewed = lease.is_live(now)
+    def _offered(self, lease: Lease) -> None:
+        if lease.host in self._offers:
+            # To the end: the order is that of their ends.
+            self._offers[lease.host] = self._offers.pop(lease.host)
+        self._tell("offered", lease)
+
+    def _confirm(self, lease: Lease, name: str, now: float, renewed: bool) -> None:
         lease.confirmed = True
+        self._offers.pop(lease.host, None)
+        self._none_ends_before = min(self._none_ends_before, lease.free_at())
         static = self._static_by_mac.get(lease.mac)
-        wanted = static.name if static is not None and static.name else clean_name(name)
-        if wanted:
-            lease.name = self._unused_name(wanted, lease, now)
+        self._name(lease, static.name if static is not None and static.name else clean_name(name), now)
         self.version += 1
         self._tell("renewed" if renewed else "bound", lease)
 
-    def _unused_name(self, wanted: str, lease: Lease, now: float) -> str:
-        """Give the name, or NAME-2 and so on while another live guest, or one in the settings, has it."""
-        taken = {other.name for other in self._by_host.values() if other is not lease and other.is_live(now)}
-        taken |= {static.name for static in self._static_by_mac.values() if static.mac != lease.mac}
+    def _name(self, lease: Lease, wanted: str, now: float) -> None:
+        """Give it the name, or NAME-2 and so on while another live guest, or one in the settings, has that."""
+        if not wanted:
+            return
         name, count = wanted, 1
-        while name in taken:
+        while self._has_name(name, lease, now):
             count += 1
             suffix = f"-{count}"
             name = wanted[: MAX_NAME - len(suffix)] + suffix
-        return name
+        self._drop_name(lease)
+        lease.name = name
+        self._by_name[name] = lease
+
+    def _has_name(self, name: str, lease: Lease, now: float) -> bool:
+        """Whether somebody else has this name."""
+        other = self._by_name.get(name)
+        taken = other is not None and other is not lease and other.is_live(now)
+        return taken or self._static_names.get(name, lease.mac) != lease.mac
+
+    def _drop_name(self, lease: Lease) -> None:
+        if self._by_name.get(lease.name) is lease:
+            del self._by_name[lease.name]
 
     def _forget(self, lease: Lease) -> None:
         del self._by_host[lease.host]
+        self._offers.pop(lease.host, None)
+        self._quarantined.pop(lease.host, None)
+        self._drop_name(lease)
         self._drop_index(lease)
+        self._mark_fresh(lease.host)
         self.version += lease.confirmed
+
+    def _mark_fresh(self, host: int) -> None:
+        """Have the number given out, unless the settings keep it."""
+        if self.first <= host <= self.last and host not in self._reserved_hosts and host not in self._static_hosts:
+            self._fresh |= 1 << (host - self.first)
 
     def _add_index(self, lease: Lease) -> None:
         if lease.address6 is not None:

@@ -487,6 +487,7 @@ class TcpFlow:
             self.snd_una = self.snd_wl2 = ack
             tcp_output.measure_rtt(self, now)
             self.ack_due = True
+            self._dup_acks_due = 1  # at once: the guest's server is told of the connection by this
             self._establish(now)
         else:
             self.state = SYN_RECEIVED  # both opened at once (3.5, figure 7)

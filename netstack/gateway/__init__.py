@@ -41,13 +41,18 @@ async def open_network(config: Config | None = None, *, log: Log | None = None) 
     """
     config = config or Config()
     log = log or Log(config.log.level, config.log.format)
-    async with trio.open_nursery() as nursery:
-        network = Network(config, Events(log), log, nursery)
-        try:
-            await network.start()
-            yield network
-            with trio.move_on_after(_DRAIN_SECONDS):
-                await network.drain()
-        finally:
-            network.close()
-            nursery.cancel_scope.cancel()
+    network = None
+    try:
+        async with trio.open_nursery() as nursery:
+            network = Network(config, Events(log), log, nursery)
+            try:
+                await network.start()
+                yield network
+                with trio.move_on_after(_DRAIN_SECONDS):
+                    await network.drain()
+            finally:
+                network.close()
+                nursery.cancel_scope.cancel()
+    finally:
+        if network is not None:
+            network.release()

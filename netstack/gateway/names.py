@@ -73,8 +73,9 @@ class DnsService:
         addresses = stack.addresses
         self._stack = stack
         self._leases = leases
-        self._configured = tuple(Nameserver(*split_nameserver(text)) for text in config.dns.nameservers)
-        self._on_search = on_search if not config.dns.search else lambda search: None
+        self._configured: tuple[Nameserver, ...] = ()
+        self._search: Sequence[str] = ()
+        self._on_search = on_search
         self.host = HostNameservers(Path(config.dns.resolv_conf), addresses.own, time.monotonic, self._on_change)
         both = (addresses.gateway, addresses.gateway6)
         local = LocalNames(
@@ -89,13 +90,20 @@ class DnsService:
         stack.register_udp(PORT, self.server.on_datagram, addresses=where)
         service: TcpService = StreamService(nursery, lambda stream, call: self.server.serve_stream(stream, call.guest))
         stack.register_tcp(PORT, service, addresses=where)
-        self._on_search(self.host.current().search)
+        self.apply(config)
+
+    def apply(self, config: Config) -> None:
+        """Take nameservers and search domains from the settings; where they name none, from the host."""
+        self._configured = tuple(Nameserver(*split_nameserver(text)) for text in config.dns.nameservers)
+        self._search = config.dns.search
+        self._on_search(self._search or self.host.current().search)
 
     def _nameservers(self) -> Sequence[Nameserver]:
         return self._configured or self.host.current().nameservers
 
     def _on_change(self, found: ResolvConf) -> None:
-        self._on_search(found.search)
+        if not self._search:
+            self._on_search(found.search)
 
     def _reply(self, datagram: Datagram, answer: bytes) -> None:
         link = datagram.link

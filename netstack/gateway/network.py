@@ -23,7 +23,7 @@ from netstack.core.tcp import TcpFlow
 from netstack.gateway.links import Links
 from netstack.gateway.names import DnsService
 from netstack.gateway.services import AddressServices, build_services, wall_clock
-from netstack.gateway.settings import choose_addresses, open_capture, static_leases
+from netstack.gateway.settings import choose_addresses, claim_lease_file, open_capture, static_leases
 from netstack.gateway.status import statistics_of
 from netstack.host import state, subnets
 from netstack.host.poller import HostPoller
@@ -40,7 +40,15 @@ _SAVE_DELAY = 0.5
 
 # What `reload` can change. The rest is built into the stack, its sockets or its files.
 _LIVE_SETTINGS = frozenset(
-    ("dns.search", "guest", "limits.flows", "limits.flows_per_guest", "limits.udp_flows_per_guest", "log.level")
+    (
+        "dns.nameservers",
+        "dns.search",
+        "guest",
+        "limits.flows",
+        "limits.flows_per_guest",
+        "limits.udp_flows_per_guest",
+        "log.level",
+    )
 )
 
 
@@ -100,10 +108,11 @@ class Network:
         self._nursery.start_soon(self._run_route_watch)
         if self.capture is not None:
             self._nursery.start_soon(self.capture.run)
-        if self.config.state.dir is not None:
-            self._nursery.start_soon(self._run_lease_saver, self.config.state.dir / "leases.json")
+        if self._lease_claim is not None:
+            self._nursery.start_soon(self._run_lease_saver, self._lease_claim.path)
         for link in self.config.link:
             await self.attach(link.uri)
+        await trio.lowlevel.checkpoint()  # the tasks have begun when this returns, so that close() ends them in order
 
     async def attach(self, uri: str) -> Attachment:
         """Make what this link URI stands for, ready for guests when this returns. Raises OSError, ConfigError."""
@@ -133,10 +142,14 @@ class Network:
         self.stack.icmp.close_all(now)
         for attachment in self._attachments:
             attachment.close()
-        if self.config.state.dir is not None:
-            self._save_leases(self.config.state.dir / "leases.json")
+        if self._lease_claim is not None:
+            self._save_leases(self._lease_claim.path)
+            self._lease_claim.release()
         if self.capture is not None:
             self.capture.close()
+
+    def release(self) -> None:
+        """Close what the tasks used to the end. Called when they are over."""
         self._poller.close()
 
     def reload(self, config: Config) -> list[str]:
@@ -144,7 +157,7 @@ class Network:
         fixed = [name for name in self.config.changed(config) if name not in _LIVE_SETTINGS]
         self.log.set_level(config.log.level)
         self.leases.set_statics(static_leases(config))
-        self.services.set_search(config.dns.search)
+        self.dns.apply(config)
         limits = self.stack.limits
         limits.tcp_flows = config.limits.flows
         limits.tcp_flows_per_guest = config.limits.flows_per_guest
@@ -222,8 +235,9 @@ class Network:
             is_present=lambda mac: self.stack.switch.where(mac) is not None,
             on_event=self._on_lease,
         )
-        if self.config.state.dir is not None:
-            self._load_leases(leases, self.config.state.dir / "leases.json")
+        self._lease_claim = claim_lease_file(self.config, addresses, self.log)
+        if self._lease_claim is not None:
+            self._load_leases(leases, self._lease_claim.path)
         return leases
 
     def _on_lease(self, what: str, lease: Lease) -> None:

@@ -10,7 +10,7 @@ from netstack.config.tables import AUTO, NetworkTable
 from netstack.control.log import Log
 from netstack.core.addresses import Addresses
 from netstack.core.leases import StaticLease
-from netstack.host import subnets
+from netstack.host import state, subnets
 from netstack.host.capture import Capture
 from netstack.wire.ethernet import parse_mac
 
@@ -80,6 +80,28 @@ def static_leases(config: Config) -> list[StaticLease]:
         )
         for guest in config.guest
     ]
+
+
+def claim_lease_file(config: Config, addresses: Addresses, log: Log) -> state.Claim | None:
+    """Where the leases of this network are kept; None when nowhere, or when another netstack keeps its own there."""
+    directory = config.state.dir
+    if directory is None:
+        return None
+    net = addresses.subnet
+    path = directory / f"leases-{net.network_address}-{net.prefixlen}.json"
+    try:
+        claim = state.claim(path)
+    except OSError as error:
+        log.warning("leases will not outlive this run", file=str(path), error=error.strerror)
+        return None
+    if claim is not None:
+        return claim
+    log.warning(
+        "another netstack keeps the leases of this network; ours will not outlive this run",
+        file=str(path),
+        mend="give each its own --state-dir, or --subnet",
+    )
+    return None
 
 
 def open_capture(config: Config, log: Log) -> Capture | None:

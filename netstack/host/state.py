@@ -8,6 +8,7 @@ name, for whoever wants to know what happened, and netstack starts without it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import tempfile
@@ -69,6 +70,38 @@ def write_json(path: Path, data: object) -> None:
             Path(name).unlink()
         raise
     _sync_directory(path.parent)
+
+
+class Claim:
+    """The right to keep a file, among all processes that ask for it: a lock beside it, gone with its holder."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path = path
+        self._fd = fd
+
+    def release(self) -> None:
+        """Give it up. May be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def claim(path: Path) -> Claim | None:
+    """Claim a file that need not exist yet; None when another process, or another network of ours, has it.
+
+    Raises OSError when its directory cannot be made or written.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except OSError:
+        # A file system without locks (some network ones): two at once are rarer there than having to do without.
+        pass
+    return Claim(path, fd)
 
 
 def set_aside(path: Path) -> Path | None:

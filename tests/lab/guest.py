@@ -34,7 +34,11 @@ from tests.lab.initramfs import LabUnavailableError, build_initramfs, find_kerne
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-BOOT_TIMEOUT = 60.0  # seconds; two under TCG on an idle machine, but test machines are seldom idle
+BOOT_TIMEOUT = 60.0  # seconds; three under TCG on an idle machine, but test machines are seldom idle
+RESET_TIMEOUT = 120.0
+# Kernels unpack themselves below 128 MiB, and write there what TCG has translated before as code: tens of microseconds for
+# each word, so that a reset takes a minute. With this region kept free of code, it takes little longer than a boot.
+KEEP_FREE = "memmap=112M$16M"
 READY = b"LAB-READY\n"
 # The kernel's tty layer holds 4,096 bytes that nobody has read yet; a longer line could lose its end.
 LONGEST_COMMAND = 3500
@@ -117,7 +121,7 @@ class Guest:
         nics: Sequence[Nic],
         folder: Path,
         *,
-        memory: int = 512,
+        memory: int = 640,
         capture: int | None = 256,
         prefix: Sequence[str] = (),
         append: str = "",
@@ -160,7 +164,7 @@ class Guest:
             *("-cpu", "host" if accelerator == "kvm" else "max,la57=off"),
             *("-display", "none", "-nodefaults", "-no-user-config"),
             *("-kernel", str(kernel.image), "-initrd", str(build_initramfs(kernel))),
-            *("-append", f"console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off {self._append}".strip()),
+            *("-append", f"console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off {KEEP_FREE} {self._append}".strip()),
             *("-serial", f"file:{self.folder / 'console.log'}"),
             *("-chardev", f"socket,id=shell,fd={shell.fileno()}", "-serial", "chardev:shell"),
             *("-chardev", f"socket,id=qmp,fd={qmp.fileno()}", "-mon", "chardev=qmp,mode=control"),
@@ -202,7 +206,7 @@ class Guest:
         """Press the machine's reset button and wait until it has booted again."""
         self._buffer.clear()
         self.monitor("system_reset")
-        self._wait_ready(BOOT_TIMEOUT)
+        self._wait_ready(RESET_TIMEOUT)
 
     def run(self, command: str, timeout: float = 30.0) -> Result:
         """Run a shell command in the guest, for `timeout` seconds at most; return its status and output.

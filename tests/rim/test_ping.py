@@ -187,7 +187,7 @@ def test_a_host_that_forbids_pings_says_prohibited(version: int) -> None:
 
 
 class TestMacos:
-    """The socket for macOS does itself what Linux' kernel does. A UDP socket stands for its kernel, which passes bytes."""
+    """The socket for macOS does what Linux' kernel does. A UDP socket stands for macOS' kernel here."""
 
     @pytest.fixture
     def kernel(self) -> Iterator[socket.socket]:
