@@ -260,6 +260,10 @@ class Ingress:
             if (flow.state == TIME_WAIT and seq_gt(segment.seq, flow.rcv_nxt)) or flow.is_superseded_by(segment.seq):
                 flow.make_way(now)
                 flow = None
+        if flow is not None and flow.mac != mac:
+            # The address has changed hands (Neighbors.admit), and nobody is left who knows of this connection.
+            flow.abort(now, "guest replaced", tell_guest=False)
+            flow = None
         if flow is None:
             if flags & (SYN | ACK | RST) == SYN:
                 self._open_tcp(link, mac, packet, segment, neighbor, buffer, now)

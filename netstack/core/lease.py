@@ -1,15 +1,9 @@
-"""One lease: what is known about one guest, and the forms of its name and number. The table is core.leases."""
+"""One lease: what is known about one guest, and what the settings may say about it. The table is core.leases."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
-
-# RFC 1035 2.3.4.
-MAX_NAME: Final = 63
-
-# What no guest may be called: these names, or the peers' forms of them, are the gateway's own.
-RESERVED_NAMES: Final = frozenset({"dns", "gateway", "guest", "host", "http", "localhost", "netstack", "proxy"})
 
 # A client identifier and a DUID are at most 255 and 130 bytes (RFC 2132 9.14, RFC 8415 11.1); records keep no more.
 MAX_CLIENT_ID: Final = 255
@@ -64,14 +58,6 @@ class Lease:
     def is_live(self, now: float) -> bool:
         """Whether the guest holds this address now, in either family."""
         return self.confirmed and self.quarantined_until <= now < max(self.expires_at, self.expires6_at)
-
-
-def clean_name(raw: str | bytes) -> str:
-    """Make the first label of a name fit for DNS (RFC 1123 2.1): a-z, 0-9, inner hyphens. Untrusted; may be ''."""
-    text = raw.decode("latin-1") if isinstance(raw, bytes) else raw
-    label = text.partition(".")[0].partition("\0")[0][:MAX_NAME].lower()
-    cleaned = "".join(c if c.isascii() and c.isalnum() else "-" for c in label).strip("-")
-    return "" if cleaned in RESERVED_NAMES else cleaned
 
 
 def mirror_host(host: int) -> int:

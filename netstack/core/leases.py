@@ -28,7 +28,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from netstack.core.lease import MAX_CLIENT_ID, MAX_NAME, NEVER, Lease, StaticLease, clean_name, mirror_host
+from netstack.core.guest_names import GuestNames, clean_name
+from netstack.core.lease import MAX_CLIENT_ID, NEVER, Lease, StaticLease, mirror_host
 
 __all__ = ["LEASE_TIME", "NEVER", "Lease", "LeaseTable", "StaticLease"]
 
@@ -79,15 +80,14 @@ class LeaseTable:
     _by_address6: dict[bytes, Lease] = field(init=False, default_factory=dict)
     _by_mac: dict[bytes, list[Lease]] = field(init=False, default_factory=dict)
     _by_client_id: dict[bytes, list[Lease]] = field(init=False, default_factory=dict)
-    _by_name: dict[str, Lease] = field(init=False, default_factory=dict)
     # What nobody took up, and what was declined: both in the order in which they end.
     _offers: dict[int, Lease] = field(init=False, default_factory=dict)
     _quarantined: dict[int, Lease] = field(init=False, default_factory=dict)
-    # What the settings give to whom.
+    _names: GuestNames = field(init=False, default_factory=GuestNames)
+    # What the settings give to whom: guests by MAC, and the MACs that host numbers and IPv6 addresses belong to.
     _static_by_mac: dict[bytes, StaticLease] = field(init=False, default_factory=dict)
     _static_hosts: dict[int, bytes] = field(init=False, default_factory=dict)
-    _static_addresses6: set[bytes] = field(init=False, default_factory=set)
-    _static_names: dict[str, bytes] = field(init=False, default_factory=dict)
+    _static_addresses6: dict[bytes, bytes] = field(init=False, default_factory=dict)
     _reserved_hosts: set[int] = field(init=False, default_factory=set)
     # Bit n: the number first + n has no record, and is nobody's by the settings.
     _fresh: int = field(init=False, default=0)
@@ -106,17 +106,11 @@ class LeaseTable:
     def set_statics(self, statics: Iterable[StaticLease]) -> None:
         """Replace the static leases. Records that they contradict go away when their guests ask the next time."""
         self._static_by_mac = {static.mac: static for static in statics}
-        self._static_hosts.clear()
-        self._static_addresses6.clear()
-        self._static_names.clear()
-        for static in self._static_by_mac.values():
-            host = self._host_of(static.address) if static.address is not None else None
-            if host is not None:
-                self._static_hosts[host] = static.mac
-            if static.address6 is not None:
-                self._static_addresses6.add(static.address6)
-            if static.name:
-                self._static_names[static.name] = static.mac
+        given = list(self._static_by_mac.values())
+        hosts = [(self._host_of(static.address or b""), static.mac) for static in given]
+        self._static_hosts = {host: mac for host, mac in hosts if host is not None}
+        self._static_addresses6 = {static.address6: static.mac for static in given if static.address6 is not None}
+        self._names.statics = {name: static.mac for static in given if (name := clean_name(static.name))}
         self._fresh = 0
         for host in range(self.first, self.last + 1):
             if host not in self._by_host:
@@ -155,8 +149,7 @@ class LeaseTable:
 
     def find_name(self, name: str, now: float) -> Lease | None:
         """Give the live lease of the guest with this name (one label, any case)."""
-        lease = self._by_name.get(name.lower())
-        return lease if lease is not None and lease.is_live(now) else None
+        return self._names.find(name, now)
 
     # What the servers do. Each gives the lease, or None when the guest cannot have it.
 
@@ -251,7 +244,7 @@ class LeaseTable:
         lease.expires_at = lease.expires6_at = min(lease.free_at(), now)
         lease.quarantined_until = now + QUARANTINE_TIME
         lease.confirmed = False
-        self._offers.pop(lease.host, None)
+        self._unlist(lease)
         self._quarantined[lease.host] = lease
         self.version += 1
         self._tell("declined", lease)
@@ -282,9 +275,9 @@ class LeaseTable:
         lease.expires_at = min(old.expires_at, now + self.lease_time)
         lease.expires6_at = min(old.expires6_at, now + self.lease_time)
         lease.confirmed = True
-        self._offers.pop(host, None)
+        self._unlist(lease)
         self._none_ends_before = min(self._none_ends_before, lease.free_at())
-        self._name(lease, clean_name(old.name), now)
+        self._names.give(lease, old.name, now)
         return True
 
     def withdraw_offer(self, mac: bytes, client_id: bytes, now: float) -> None:
@@ -422,48 +415,29 @@ class LeaseTable:
         lease.link = link or lease.link
 
     def _offered(self, lease: Lease) -> None:
-        if lease.host in self._offers:
-            # To the end: the order is that of their ends.
-            self._offers[lease.host] = self._offers.pop(lease.host)
+        if not lease.confirmed and not lease.static:
+            # To the end: the order is that in which they end.
+            self._unlist(lease)
+            self._offers[lease.host] = lease
         self._tell("offered", lease)
+
+    def _unlist(self, lease: Lease) -> None:
+        """Take a record off the lists of those that are unconfirmed."""
+        self._offers.pop(lease.host, None)
+        self._quarantined.pop(lease.host, None)
 
     def _confirm(self, lease: Lease, name: str, now: float, renewed: bool) -> None:
         lease.confirmed = True
-        self._offers.pop(lease.host, None)
+        self._unlist(lease)
         self._none_ends_before = min(self._none_ends_before, lease.free_at())
-        static = self._static_by_mac.get(lease.mac)
-        self._name(lease, static.name if static is not None and static.name else clean_name(name), now)
+        self._names.give(lease, name, now)
         self.version += 1
         self._tell("renewed" if renewed else "bound", lease)
 
-    def _name(self, lease: Lease, wanted: str, now: float) -> None:
-        """Give it the name, or NAME-2 and so on while another live guest, or one in the settings, has that."""
-        if not wanted:
-            return
-        name, count = wanted, 1
-        while self._has_name(name, lease, now):
-            count += 1
-            suffix = f"-{count}"
-            name = wanted[: MAX_NAME - len(suffix)] + suffix
-        self._drop_name(lease)
-        lease.name = name
-        self._by_name[name] = lease
-
-    def _has_name(self, name: str, lease: Lease, now: float) -> bool:
-        """Whether somebody else has this name."""
-        other = self._by_name.get(name)
-        taken = other is not None and other is not lease and other.is_live(now)
-        return taken or self._static_names.get(name, lease.mac) != lease.mac
-
-    def _drop_name(self, lease: Lease) -> None:
-        if self._by_name.get(lease.name) is lease:
-            del self._by_name[lease.name]
-
     def _forget(self, lease: Lease) -> None:
         del self._by_host[lease.host]
-        self._offers.pop(lease.host, None)
-        self._quarantined.pop(lease.host, None)
-        self._drop_name(lease)
+        self._unlist(lease)
+        self._names.drop(lease)
         self._drop_index(lease)
         self._mark_fresh(lease.host)
         self.version += lease.confirmed

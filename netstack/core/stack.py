@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 _FRAME4 = struct.Struct("!QIHBxHxxHxBxxQIIIBBH")
 # MACs 8+4 | ethertype 2 | version, class, label | payload length 2 | next header 1 | hop limit | both addresses 32 |
 # TCP
-_FRAME6 = struct.Struct("!QIHxxxxHBx32sIIIBBH")
+_FRAME6 = struct.Struct("!QIHBxxxHBx32sIIIBBH")
 _SMALLEST4 = 54
 _SMALLEST6 = 74
 
@@ -179,6 +179,7 @@ class Stack:
     def _receive(self, link: Link, buffer: memoryview, spans: Sequence[int], now: float) -> None:
         unpack4 = _FRAME4.unpack_from
         find = self.flows.tcp.get
+        find_path = self.udp.paths.get
         macs_high = link.macs_high
         macs_low = link.macs_low
         slow = 0
@@ -206,11 +207,20 @@ class Stack:
                     if ethertype == 0x0800:
                         if protocol == PROTOCOL_TCP and version == 0x45 and not offset & 0x3FFF:
                             flow = find((addresses, ports))
-                            if flow is not None and flow.link is link and not flags & _EVIL:
+                            if flow is not None and flow.link is link and low == flow.mac_low and not flags & _EVIL:
                                 first = start + 34 + (data >> 4 << 2)
                                 last = start + 14 + total
                                 if first <= last <= end and data >= 0x50:
                                     flow.on_segment(seq, ack, flags, window, buffer, first, last, now)
+                                    continue
+                        elif protocol == PROTOCOL_UDP and version == 0x45 and not offset & 0x3FFF:
+                            path = find_path((addresses, ports))
+                            if path is not None and path.flow.link is link:
+                                # What would be SEG.SEQ are u16 length, u16 checksum.
+                                last = start + 34 + (seq >> 16)
+                                ttl = buffer[start + 22]
+                                if ttl > 1 and start + 42 <= last <= start + 14 + total <= end:
+                                    path.send(buffer[start + 42 : last], ttl, bool(offset & 0x4000), now)
                                     continue
                     elif ethertype == 0x86DD and size >= _SMALLEST6 and self._receive6(link, buffer, start, end, now):
                         continue
@@ -222,11 +232,23 @@ class Stack:
 
     def _receive6(self, link: Link, buffer: memoryview, start: int, end: int, now: float) -> bool:
         """The fast path of IPv6; False: take the slow road."""
-        _, _, _, length, protocol, addresses, ports, seq, ack, data, flags, window = _FRAME6.unpack_from(buffer, start)
-        if protocol != PROTOCOL_TCP or flags & _EVIL:
+        _, low, _, version, length, protocol, addresses, ports, seq, ack, data, flags, window = _FRAME6.unpack_from(
+            buffer, start
+        )
+        if protocol == PROTOCOL_UDP:
+            path = self.udp.paths.get((addresses, ports))
+            if path is None or path.flow.link is not link or buffer[start + 14] >> 4 != 6:
+                return False
+            hops = buffer[start + 21]
+            last = start + 54 + (seq >> 16)
+            if hops < 2 or not start + 62 <= last <= start + 54 + length <= end:
+                return False
+            path.send(buffer[start + 62 : last], hops, True, now)
+            return True
+        if protocol != PROTOCOL_TCP or flags & _EVIL or version >> 4 != 6:
             return False
         flow = self.flows.tcp.get((addresses, ports))
-        if flow is None or flow.link is not link:
+        if flow is None or flow.link is not link or low != flow.mac_low:
             return False
         first = start + 54 + (data >> 4 << 2)
         last = start + 54 + length

@@ -122,6 +122,7 @@ class TcpFlow:
         "last_ack",
         "link",
         "mac",
+        "mac_low",
         "max_snd_wnd",
         "mss",
         "on_opened",
@@ -178,6 +179,7 @@ class TcpFlow:
         self.stack = stack
         self.link = link
         self.mac = mac
+        self.mac_low = int.from_bytes(mac[2:], "big")  # as the fast path has it at hand (Stack._receive)
         self.key = key
         self.guest = guest
         self.guest_port = guest_port

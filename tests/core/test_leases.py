@@ -1,13 +1,16 @@
 """The lease table: who gets which address, told as the stories of guests that come and go."""
 
+import functools
 import math
+import operator
 import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netstack.core.lease import Lease, StaticLease, clean_name, mirror_host
+from netstack.core.guest_names import clean_name
+from netstack.core.lease import Lease, StaticLease, mirror_host
 from netstack.core.lease_records import read_leases, write_leases
 from netstack.core.leases import LEASE_TIME, MAX_LEASES, OFFER_TIME, QUARANTINE_TIME, LeaseTable
 
@@ -286,6 +289,27 @@ def test_static_leases() -> None:
     assert join(leases, 1, 1.0).host == 5
 
 
+def test_a_name_passes_to_the_next_guest_when_its_own_is_gone() -> None:
+    leases = table()
+    first = join(leases, 1, 0.0, name="vm")
+    leases.release(mac(1), first.address, 1.0)
+    second = join(leases, 2, 2.0, name="vm")
+    assert (first.name, second.name) == ("", "vm")
+    assert join(leases, 1, 3.0).name == ""
+    assert join(leases, 1, 4.0, name="vm").name == "vm-2"
+
+
+def test_a_name_from_the_settings_wins() -> None:
+    leases = table()
+    assert join(leases, 9, 0.0, name="db").name == "db"
+    leases.set_statics([StaticLease(mac(1), name="db")])
+    assert join(leases, 1, 1.0, name="other").name == "db"
+    found = leases.find_name("db", 2.0)
+    assert found is not None
+    assert found.mac == mac(1)
+    assert join(leases, 9, 3.0, name="db").name == "db-2"
+
+
 def test_a_static_ipv6_address_is_nobody_elses() -> None:
     leases = table(statics=(StaticLease(mac(1), address(40), address6=PREFIX6[:15] + b"\x15"),))
     stranger = join(leases, 9, 0.0)
@@ -492,6 +516,33 @@ def test_what_is_no_list_of_leases_is_an_error(data: object) -> None:
         read_leases(table(), data, 0.0, 0.0)
 
 
+def check_consistency(leases: LeaseTable, now: float) -> None:
+    """What must hold between any two calls, of the inner tables too."""
+    everyone = list(leases)
+    assert len({lease.host for lease in everyone}) == len(everyone) <= 14
+    assert not {lease.host for lease in everyone} & {0, 2, 3, 15}
+    assert len({lease.address6 for lease in everyone}) == len(everyone)
+    names = [lease.name for lease in everyone if lease.name]
+    assert len(set(names)) == len(names)
+    for lease in everyone:
+        assert leases.find_address(lease.address) is lease
+        assert lease.address6 is None or leases.find_address(lease.address6) is lease
+        if lease.name and lease.is_live(now):
+            assert leases.find_name(lease.name, now) is lease
+    assert sorted(map(id, functools.reduce(operator.iadd, leases._by_mac.values(), []))) == sorted(map(id, everyone))
+    assert set(leases._offers) | set(leases._quarantined) == {
+        lease.host for lease in everyone if not lease.confirmed and not lease.static
+    }
+    assert not set(leases._offers) & set(leases._quarantined)
+    for unconfirmed in (leases._offers, leases._quarantined):
+        ends = [lease.free_at() for lease in unconfirmed.values() if lease.free_at() > now]
+        assert ends == sorted(ends)
+    fresh = {leases.first + bit for bit in range(20) if leases._fresh >> bit & 1}
+    assert fresh == set(range(1, 15)) - {2, 3, 9} - {lease.host for lease in everyone}
+    ends = [lease.free_at() for lease in everyone if lease.confirmed and not lease.static]
+    assert not ends or min(ends) <= now or leases._none_ends_before <= min(ends)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_two_guests_ever_hold_one_address(seed: int) -> None:
     """A small network, many guests, every operation at random: the indexes agree and live leases are disjoint."""
@@ -510,7 +561,7 @@ def test_no_two_guests_ever_hold_one_address(seed: int) -> None:
             case 1 | 2:
                 found = leases.find_mac(guest)
                 wish = found.address if found is not None and chance.random() < 0.8 else wish
-                lease = leases.bind(guest, wish, now, client_id=client_id)
+                lease = leases.bind(guest, wish, now, client_id=client_id, name=chance.choice(("", "vm", "vm-2")))
                 if lease is not None:
                     holder, until = told.get(lease.address, (guest, now))
                     assert holder == guest or until <= now
@@ -523,10 +574,4 @@ def test_no_two_guests_ever_hold_one_address(seed: int) -> None:
                     told.pop(wish, None)
             case 5:
                 leases.bind6(guest, now, commit=chance.random() < 0.5)
-        everyone = list(leases)
-        assert len({lease.host for lease in everyone}) == len(everyone) <= 14
-        assert not {lease.host for lease in everyone} & {0, 2, 3, 15}
-        for lease in everyone:
-            assert leases.find_address(lease.address) is lease
-            assert any(lease.mac == other.mac for other in everyone)
-        assert sum(map(len, leases._by_mac.values())) == len(everyone)
+        check_consistency(leases, now)

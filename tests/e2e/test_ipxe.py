@@ -55,19 +55,21 @@ def test_it_runs_a_script_from_the_host(booted: Booted) -> None:
 
 
 def test_it_resolves_a_name_and_fetches_a_file(booted: Booted) -> None:
-    output = booted.ipxe.run("imgfetch --name a http://www.example.test/bytes/3000000", 60)
+    output = booted.ipxe.run("imgfetch --name a http://v4only.example.test/bytes/3000000", 60)
     assert output.endswith("ok")
     assert "3000000 bytes" in booted.ipxe.run("imgstat a")
     booted.ipxe.run("imgfree a")
     event = booted.lab.servers.wait_event(event="http", path="/bytes/3000000")
-    assert (event["host"], event["peer"]) == ("www.example.test", HOST4)
+    assert (event["host"], event["peer"]) == ("v4only.example.test", HOST4)
 
 
 def test_it_speaks_ipv6(booted: Booted) -> None:
     assert booted.ipxe.run("ifconf --configurator ipv6", 60).endswith("ok")
-    assert "fd00:c0a8:5:0:5054:ff:fe12:3401/64 gw fe80::" in booted.ipxe.run("route")
-    assert booted.ipxe.run(f"imgfetch --name b http://[{HOST6}]/bytes/200000", 60).endswith("ok")
-    booted.ipxe.run("imgfree b")
+    # It heeds the M flag of the router advertisement: its address is from DHCPv6.
+    assert "fd00:c0a8:5::15/64 gw fe80::" in booted.ipxe.run("route")
+    for host in (f"[{HOST6}]", "v6only.example.test"):
+        assert booted.ipxe.run(f"imgfetch --name b http://{host}/bytes/200000", 60).endswith("ok")
+        booted.ipxe.run("imgfree b")
     event = booted.lab.servers.wait_event(event="http", path="/bytes/200000")
     assert event["peer"] == HOST6
 

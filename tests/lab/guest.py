@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
 BOOT_TIMEOUT = 60.0  # seconds; three under TCG on an idle machine, but test machines are seldom idle
 RESET_TIMEOUT = 120.0
-# Kernels unpack themselves below 128 MiB, and write there what TCG has translated before as code: tens of microseconds for
-# each word, so that a reset takes a minute. With this region kept free of code, it takes little longer than a boot.
+# Kernels unpack themselves below 128 MiB, and write there what TCG has translated before as code: tens of
+# microseconds for each word, so that a reset takes a minute. With this region kept free of code, it takes little
+# longer than a boot.
 KEEP_FREE = "memmap=112M$16M"
 READY = b"LAB-READY\n"
 # The kernel's tty layer holds 4,096 bytes that nobody has read yet; a longer line could lose its end.
@@ -164,7 +165,7 @@ class Guest:
             *("-cpu", "host" if accelerator == "kvm" else "max,la57=off"),
             *("-display", "none", "-nodefaults", "-no-user-config"),
             *("-kernel", str(kernel.image), "-initrd", str(build_initramfs(kernel))),
-            *("-append", f"console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off {KEEP_FREE} {self._append}".strip()),
+            *("-append", f"console=ttyS0 quiet panic=-1 mitigations=off {KEEP_FREE} {self._append}".strip()),
             *("-serial", f"file:{self.folder / 'console.log'}"),
             *("-chardev", f"socket,id=shell,fd={shell.fileno()}", "-serial", "chardev:shell"),
             *("-chardev", f"socket,id=qmp,fd={qmp.fileno()}", "-mon", "chardev=qmp,mode=control"),
