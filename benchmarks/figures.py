@@ -39,6 +39,15 @@ def order_peers(names: Iterable[str]) -> list[str]:
     return sorted(unique, key=lambda name: COLUMNS.index(name) if name in COLUMNS else len(COLUMNS))
 
 
+def format_figure(value: float) -> str:
+    """Three digits that mean something."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
+
+
 @dataclass(frozen=True)
 class Metric:
     """One line of the table."""

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks.figures import ARROW, connections_metric, round_trip_metric, tcp_metric, udp_metric
+from benchmarks.figures import (
+    ARROW,
+    connections_metric,
+    cpu_metric,
+    format_figure,
+    round_trip_metric,
+    tcp_metric,
+    udp_metric,
+)
 from benchmarks.peers import LARGE, SMALL
 
 if TYPE_CHECKING:
@@ -12,6 +21,7 @@ if TYPE_CHECKING:
 
     from benchmarks.figures import Figures
 
+DIRECTIONS = ("up", "down")
 COLOURS = {
     "netstack": "#1b6ac9",
     "passt": "#e08214",
@@ -21,10 +31,20 @@ COLOURS = {
 }
 
 
-def panels() -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """For each panel its title, its unit, and the label and the figure's key of each group of bars."""
-    found = [
-        (
+@dataclass(frozen=True)
+class Panel:
+    """One diagram: groups of bars, each with its label and the key of its figure."""
+
+    title: str
+    unit: str
+    groups: list[tuple[str, str]]
+    logarithmic: bool = False
+
+
+def make_panels(figures: Figures) -> list[Panel]:
+    """Those that have something to show."""
+    panels = [
+        Panel(
             f"TCP, MTU {mtu} (higher is better)",
             "Gbit/s",
             [
@@ -33,13 +53,13 @@ def panels() -> list[tuple[str, str, list[tuple[str, str]]]]:
                     tcp_metric(direction, mtu, streams).key,
                 )
                 for streams in (1, 8)
-                for direction in ("up", "down")
+                for direction in DIRECTIONS
             ],
         )
         for mtu in (LARGE, SMALL)
     ]
-    found.append(
-        (
+    panels.append(
+        Panel(
             "Round trip (lower is better)",
             "µs",
             [
@@ -47,48 +67,76 @@ def panels() -> list[tuple[str, str, list[tuple[str, str]]]]:
                 for protocol, size in (("tcp", 1), ("udp", 100))
                 for which in ("p50", "p99")
             ],
+            logarithmic=True,
         )
     )
-    found.append(
-        (
-            "Connections and datagrams (higher is better)",
+    panels.append(
+        Panel(
+            "Connections (higher is better)",
+            "1/s",
+            [("one after another", connections_metric(1).key), ("16 at once", connections_metric(16).key)],
+        )
+    )
+    offered = sorted(
+        {float(key.split(".", 2)[2].removesuffix(".delivered")) for key in figures.samples if is_delivered(key)}
+    )
+    panels.append(
+        Panel(
+            "UDP datagrams of 1,400 bytes that arrived (higher is better)",
             "1/s",
             [
-                ("connections,\none by one", connections_metric(1).key),
-                ("connections,\n16 at once", connections_metric(16).key),
-                ("datagrams up,\n1 Gbit/s offered", udp_metric("up", 1.0, "delivered").key),
-                ("datagrams down,\n1 Gbit/s offered", udp_metric("down", 1.0, "delivered").key),
+                (f"{ARROW[direction]}\n{gbits:g} Gbit/s offered", udp_metric(direction, gbits, "delivered").key)
+                for direction in DIRECTIONS
+                for gbits in offered
             ],
         )
     )
-    return found
+    panels.append(
+        Panel(
+            "CPU of the network process, 1 stream (lower is better)",
+            "CPU s/GB",
+            [
+                (f"{ARROW[direction]}\nMTU {mtu}", cpu_metric(direction, mtu).key)
+                for mtu in (LARGE, SMALL)
+                for direction in DIRECTIONS
+            ],
+        )
+    )
+    return [panel for panel in panels if any(figures.samples.get(key) for _, key in panel.groups)]
+
+
+def is_delivered(key: str) -> bool:
+    return key.startswith("udp.") and key.endswith(".delivered")
 
 
 def write_plot(figures: Figures, path: Path, caption: str) -> None:
-    """Draw latest.png. Raises ImportError where matplotlib is not installed."""
+    """Draw the picture; nothing when there is nothing to show. Raises ImportError where matplotlib is not installed."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    shown = [panel for panel in panels() if any(figures.samples.get(key) for _, key in panel[2])]
-    if not shown:
+    panels = make_panels(figures)
+    if not panels:
         return
-    rows = (len(shown) + 1) // 2
-    figure, axes = pyplot.subplots(rows, 2, figsize=(13, 0.5 + 4 * rows), layout="constrained", squeeze=False)
-    for axis in axes.flat[len(shown) :]:
+    rows = (len(panels) + 1) // 2
+    figure, axes = pyplot.subplots(rows, 2, figsize=(13, 0.5 + 3.9 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
         axis.remove()
-    for axis, (title, unit, groups) in zip(axes.flat, shown, strict=False):
-        peers = [peer for peer in figures.peers() if any(figures.median(key, peer) is not None for _, key in groups)]
-        width = 0.84 / max(1, len(peers))
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        peers = [
+            peer for peer in figures.peers() if any(figures.median(key, peer) is not None for _, key in panel.groups)
+        ]
+        width = 0.84 / len(peers)
         for place, peer in enumerate(peers):
-            spots = [group + (place - (len(peers) - 1) / 2) * width for group in range(len(groups))]
-            heights = [figures.median(key, peer) or 0.0 for _, key in groups]
-            bars = axis.bar(spots, heights, width * 0.94, label=peer, color=COLOURS.get(peer))
-            axis.bar_label(bars, labels=[f"{height:.3g}" if height else "" for height in heights], fontsize=7)
-        axis.set_title(title, fontsize=11)
-        axis.set_ylabel(unit)
-        axis.set_xticks(range(len(groups)), [label for label, _ in groups], fontsize=8)
+            spots = [group + (place - (len(peers) - 1) / 2) * width for group in range(len(panel.groups))]
+            heights = [figures.median(key, peer) or 0.0 for _, key in panel.groups]
+            bars = axis.bar(spots, heights, width * 0.94, label=peer, color=COLOURS.get(peer), log=panel.logarithmic)
+            labels = [format_figure(height) if height else "" for height in heights]
+            axis.bar_label(bars, labels=labels, fontsize=6.5, padding=1)
+        axis.set_title(panel.title, fontsize=11)
+        axis.set_ylabel(panel.unit)
+        axis.set_xticks(range(len(panel.groups)), [label for label, _ in panel.groups], fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.25)
         axis.legend(fontsize=8, frameon=False)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.figures import SECTIONS, Figures, Metric, order_peers
+from benchmarks.figures import SECTIONS, Figures, Metric, format_figure, order_peers
 from benchmarks.relay_cost import relay_microseconds
 from benchmarks.targets import TARGETS, Verdict, judge
 
@@ -51,15 +51,6 @@ def describe_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def format_figure(value: float) -> str:
-    """Three digits that mean something."""
-    if value == 0:
-        return "0"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
 
 
 def _cell(figures: Figures, metric: Metric, peer: str) -> str:

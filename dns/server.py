@@ -72,6 +72,7 @@ class Resolver(Protocol):
         query is a standard query with exactly one question that can be read; tcp says how the guest asked. When there
         is no answer, that is an answer too: SERVFAIL.
         """
+        ...
 
 
 @dataclass(slots=True)
@@ -240,6 +241,7 @@ class _Connection:
         server = self._server
         received = bytearray()
         while True:
+            chunk = b""
             with trio.move_on_after(IDLE_TIMEOUT) as patience:
                 chunk = await self._stream.receive_some(65536)
             if patience.cancelled_caught:

@@ -171,7 +171,7 @@ class World:
         for at, _, owner in stack.timers._heap:
             if owner.heap_at == at and isinstance(owner, TcpFlow):
                 assert owner in flows, "a closed flow has a timer"
-        assert sum(stack.flows._per_guest.values()) == len(flows)
+        assert sum(stack.flows._of_link.values()) == len(flows)
         for link in self.links:
             self._judge(link, link.frames, self._judged.get(link, 0))
             self._judged[link] = len(link.frames)

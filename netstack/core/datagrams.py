@@ -140,12 +140,15 @@ class Stack(Protocol):
 
     def from_host(self, address: bytes) -> bytes:
         """The address by which guests know this address of the host's side."""
+        ...
 
     def guest_mtu(self, address: bytes) -> int:
         """The largest IP packet that this guest is known to take."""
+        ...
 
     def is_gateway(self, address: bytes) -> bool:
         """Whether this is one of the gateway's own addresses, its DNS and link-local addresses included."""
+        ...
 
 
 class DatagramFlow:

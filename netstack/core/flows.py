@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from netstack.core.ports import Link
     from netstack.core.tcp import TcpFlow
 
 FlowKey = tuple[int | bytes, int]
@@ -25,7 +26,10 @@ def flow_key(src: bytes, src_port: int, dst: bytes, dst_port: int) -> FlowKey:
 
 @dataclass(slots=True)
 class Limits:
-    """What a stack may hold. One guest gets at most the `_per_guest` part, so that others go on."""
+    """What a stack may hold.
+
+    One guest, that is one link, gets at most the `_per_guest` part, so that others go on.
+    """
 
     tcp_flows: int = 65536
     tcp_flows_per_guest: int = 32768
@@ -46,7 +50,7 @@ class FlowTable:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self.tcp: dict[FlowKey, TcpFlow] = {}
-        self._per_guest: dict[bytes, int] = {}
+        self._of_link: dict[Link, int] = {}
 
     def __len__(self) -> int:
         return len(self.tcp)
@@ -54,24 +58,36 @@ class FlowTable:
     def __iter__(self) -> Iterator[TcpFlow]:
         return iter(list(self.tcp.values()))
 
-    def refusal(self, guest: bytes) -> str | None:
-        """Why no further flow of this guest fits, as a drop reason; None when one does."""
+    def refusal(self, link: Link) -> str | None:
+        """Why no further flow of this link's guest fits, as a drop reason; None when one does.
+
+        The link is the unit, because a guest can have any number of addresses, but not of links.
+        """
         if len(self.tcp) >= self._limits.tcp_flows:
             return "tcp_flow_table_full"
-        if self._per_guest.get(guest, 0) >= self._limits.tcp_flows_per_guest:
+        if self._of_link.get(link, 0) >= self._limits.tcp_flows_per_guest:
             return "tcp_flows_of_guest"
         return None
 
     def add(self, flow: TcpFlow) -> None:
         self.tcp[flow.key] = flow
-        self._per_guest[flow.guest] = self._per_guest.get(flow.guest, 0) + 1
+        self._of_link[flow.link] = self._of_link.get(flow.link, 0) + 1
 
     def remove(self, flow: TcpFlow) -> None:
         """Take the flow out; harmless when it is not in, or when another has its key by now."""
         if self.tcp.get(flow.key) is flow:
             del self.tcp[flow.key]
-            left = self._per_guest[flow.guest] - 1
-            if left:
-                self._per_guest[flow.guest] = left
-            else:
-                del self._per_guest[flow.guest]
+            self._leave(flow.link)
+
+    def move(self, flow: TcpFlow, link: Link) -> None:
+        """The flow's guest is on another link now; flow.link still says the old one."""
+        if self.tcp.get(flow.key) is flow:
+            self._leave(flow.link)
+            self._of_link[link] = self._of_link.get(link, 0) + 1
+
+    def _leave(self, link: Link) -> None:
+        left = self._of_link[link] - 1
+        if left:
+            self._of_link[link] = left
+        else:
+            del self._of_link[link]

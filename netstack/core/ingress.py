@@ -62,7 +62,8 @@ class Ingress:
         if src[0] & 1 or src in (stack.mac, _NO_MAC):
             self._counters.drop("ethernet_bad_source")
             return
-        stack.switch.learn(src, link, now)
+        if not stack.switch.learn(src, link, now):
+            return
         if dst == stack.mac:
             link.macs_high = int.from_bytes(macs[:8], "big")
             link.macs_low = int.from_bytes(macs[8:12], "big")
@@ -311,7 +312,7 @@ class Ingress:
         if not segment.src_port or not segment.dst_port or self._is_unusable(packet):
             self._counters.drop("tcp_malformed")
             return
-        reason = stack.flows.refusal(packet.src)
+        reason = stack.flows.refusal(link)
         if reason is not None:
             self._counters.drop(reason)  # silence: the guest tries again, when flows have ended perhaps
             return

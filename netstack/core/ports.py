@@ -94,6 +94,7 @@ class DatagramSocket(Protocol):
         bytes as the second number says; otherwise both numbers are the same.
         Raises BlockingIOError when there is none.
         """
+        ...
 
     def expect_bursts(self) -> None:
         """Datagrams of one size arrive by the dozen: have the kernel merge them, if it can."""
@@ -121,21 +122,25 @@ class Host(Protocol):
 
     def open_tcp(self, address: bytes, port: int) -> HostSocket:
         """Begin a non-blocking connect. Writable readiness tells its end. Raises OSError when it fails at once."""
+        ...
 
     def connect_error(self, sock: HostSocket) -> int:
         """SO_ERROR: 0 when the connect succeeded, else its errno."""
+        ...
 
     def reset(self, sock: HostSocket) -> None:
         """Close so that the peer sees RST (SO_LINGER 0)."""
 
     def open_udp(self, address: bytes, port: int) -> DatagramSocket:
         """An unconnected UDP socket of the family of `address`, bound to `port` where free, else to any port."""
+        ...
 
     def open_ping(self, address: bytes) -> DatagramSocket:
         """A ping socket (SOCK_DGRAM, IPPROTO_ICMP or ICMPV6) of the family of `address`.
 
         Raises PermissionError where the host forbids them.
         """
+        ...
 
 
 class Link(Protocol):
@@ -222,6 +227,7 @@ class Events(Protocol):
     @property
     def debug(self) -> bool:
         """Whether per-flow lines are wanted at all."""
+        ...
 
     def flow_opened(self, protocol: str, guest: str, peer: str) -> None: ...
     def flow_closed(self, protocol: str, guest: str, peer: str, why: str, from_guest: int, to_guest: int) -> None: ...

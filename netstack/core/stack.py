@@ -235,9 +235,11 @@ class Stack:
         _, low, _, version, length, protocol, addresses, ports, seq, ack, data, flags, window = _FRAME6.unpack_from(
             buffer, start
         )
+        if version >> 4 != 6:
+            return False
         if protocol == PROTOCOL_UDP:
             path = self.udp.paths.get((addresses, ports))
-            if path is None or path.flow.link is not link or buffer[start + 14] >> 4 != 6:
+            if path is None or path.flow.link is not link:
                 return False
             hops = buffer[start + 21]
             last = start + 54 + (seq >> 16)
@@ -245,7 +247,7 @@ class Stack:
                 return False
             path.send(buffer[start + 62 : last], hops, True, now)
             return True
-        if protocol != PROTOCOL_TCP or flags & _EVIL or version >> 4 != 6:
+        if protocol != PROTOCOL_TCP or flags & _EVIL:
             return False
         flow = self.flows.tcp.get((addresses, ports))
         if flow is None or flow.link is not link or low != flow.mac_low:
@@ -529,7 +531,7 @@ class Stack:
 
         def resolved(neighbor: Neighbor | None, now: float) -> None:
             key = flow_key(guest, guest_port, peer, peer_port)
-            if neighbor is None or key in self.flows.tcp or self.flows.refusal(guest) is not None:
+            if neighbor is None or key in self.flows.tcp or self.flows.refusal(neighbor.link) is not None:
                 self.host.reset(sock)
                 on_opened(None, errno.EHOSTUNREACH if neighbor is None else errno.EADDRINUSE)
                 return

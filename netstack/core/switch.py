@@ -16,6 +16,10 @@ _TABLE = 4096
 # IEEE 802.1D table 7-5: ageing time 300 s.
 _AGEING = 300.0
 
+# A MAC heard so recently is in use. More than the 20 s between two calls of refresh(), so that a guest in the middle of
+# a transfer, whose frames take the fast path, counts as heard.
+_IN_USE = 30.0
+
 
 class Switch:
     """MAC -> link, and the links."""
@@ -36,14 +40,21 @@ class Switch:
         for mac in [mac for mac, (where, _) in self._table.items() if where is link]:
             del self._table[mac]
 
-    def learn(self, mac: bytes, link: Link, now: float) -> None:
-        """`mac` sent a frame on `link`."""
+    def learn(self, mac: bytes, link: Link, now: float) -> bool:
+        """`mac` sent a frame on `link`. False when it must not: that MAC is in use on another link. Untrusted.
+
+        A guest could otherwise take over another one's frames by sending with its MAC. One that really moves closes its
+        old link, which forgets it.
+        """
         entry = self._table.get(mac)
         if entry is not None:
             was, heard_at = entry
             if was is link and now - heard_at < 1.0:
-                return
+                return True
             if was is not link:
+                if now - heard_at < _IN_USE:
+                    self._counters.drop("mac_of_another_link")
+                    return False
                 was.forget_macs()
             del self._table[mac]
         elif len(self._table) >= _TABLE:
@@ -51,6 +62,12 @@ class Switch:
             self._table[oldest][0].forget_macs()
             del self._table[oldest]
         self._table[mac] = (link, now)
+        return True
+
+    def refresh(self) -> None:
+        """Have the next frame of each guest take the slow road, which notes that it is still there. Every 20 s."""
+        for link in self.links:
+            link.forget_macs()
 
     def find(self, mac: bytes, now: float) -> Link | None:
         """The link behind which this MAC is."""

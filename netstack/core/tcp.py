@@ -854,6 +854,7 @@ class TcpFlow:
 
     def move_to(self, link: Link) -> None:
         """The guest is on another link now; headers and MSS follow."""
+        self.stack.flows.move(self, link)
         self.link = link
         self._link_lost = False
         # The queue of the other link may refer to these chunks still: they must not be recycled (Stack.flush).

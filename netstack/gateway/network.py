@@ -35,6 +35,9 @@ from netstack.wire.ethernet import format_mac
 # How often the host's IPv6 default route is looked for: a small file to read, and guests may be late by that much.
 _ROUTE_INTERVAL = 5.0
 
+# Less than the time for which a MAC or an address counts as in use (core.switch, core.neighbors).
+_REFRESH_INTERVAL = 20.0
+
 # How long after a change the leases are written: a boot makes several.
 _SAVE_DELAY = 0.5
 
@@ -106,6 +109,7 @@ class Network:
         self._nursery.start_soon(self._run_poller)
         self._nursery.start_soon(self._run_timers)
         self._nursery.start_soon(self._run_route_watch)
+        self._nursery.start_soon(self._run_refresh)
         if self.capture is not None:
             self._nursery.start_soon(self.capture.run)
         if self._lease_claim is not None:
@@ -198,6 +202,12 @@ class Network:
         while True:
             await trio.sleep(_ROUTE_INTERVAL)
             self.services.set_router(subnets.has_ipv6_default_route(), time.monotonic())
+
+    async def _run_refresh(self) -> None:
+        """Guests in the middle of a transfer are on the fast path, which notes nothing: look at each now and then."""
+        while True:
+            await trio.sleep(_REFRESH_INTERVAL)
+            self.stack.switch.refresh()
 
     def _on_earlier(self, deadline: float) -> None:
         self._timer_due.set()

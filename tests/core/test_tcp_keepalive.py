@@ -7,7 +7,7 @@ import pytest
 from netstack.core.tcp import KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES, LINK_GRACE
 from netstack.wire.arp import write_arp
 from tests.script import Talk, established, fin_wait_2, seg
-from tests.world import OTHER_MAC
+from tests.world import GUEST_MAC, OTHER_MAC
 
 
 def test_a_silent_guest_is_probed_and_then_given_up() -> None:
@@ -164,12 +164,27 @@ def test_a_flow_that_waited_for_its_link_goes_on_over_the_next_one() -> None:
 
 def test_another_guest_does_not_inherit_the_flows_of_a_lost_one() -> None:
     talk = established()
+    talk.world.stack.neighbors.owner_of = lambda address: GUEST_MAC
     talk.world.remove_link(talk.link)
     talk.link = talk.world.add_link("thief")
     talk.mac = OTHER_MAC
     talk.guest(seg("A", data=b"mine now"))
     talk.host.takes(b"")
     assert talk.drops["source_not_its_own"] == 1
+    assert talk.state == "ESTABLISHED"
+
+
+def test_a_lost_guest_without_a_lease_may_be_replaced() -> None:
+    """Then its connections end, and whoever has its address now gets nothing of them."""
+    talk = established()
+    sock = talk.host
+    talk.world.remove_link(talk.link)
+    talk.link = talk.world.add_link("new")
+    talk.mac = OTHER_MAC
+    talk.guest(seg("A", data=b"mine now"))
+    talk.expect(seg("R", seq=1))
+    sock.takes(b"")
+    assert sock.was_reset
 
 
 def test_a_guest_that_only_receives_comes_back() -> None:

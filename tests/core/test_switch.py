@@ -1,0 +1,147 @@
+"""The learning switch: who gets which frame (IEEE 802.1D 7.7 and 7.8)."""
+
+from __future__ import annotations
+
+import pytest
+
+from netstack.core.switch import _AGEING, _TABLE
+from tests.fakes import FakeLink
+from tests.frames import udp_frame
+from tests.world import GUEST4, GUEST_MAC, OTHER4, OTHER_MAC, World
+
+THIRD_MAC = bytes.fromhex("525400333333")
+BROADCAST = b"\xff" * 6
+
+
+class Bench:
+    """Three links, a guest on each of the first two."""
+
+    def __init__(self) -> None:
+        self.world = World()
+        self.one, self.two, self.three = (self.world.add_link(name) for name in ("one", "two", "three"))
+
+    def send(self, link: FakeLink, dst: bytes, src: bytes = GUEST_MAC, payload: bytes = b"hello") -> bytes:
+        frame = udp_frame(dst, src, GUEST4, OTHER4, (1000, 2000), payload)
+        self.world.receive(link, frame)
+        return frame
+
+    def heard(self) -> list[list[bytes]]:
+        return [self.world.take(link) for link in self.world.links]
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_unknown_unicast_is_flooded_and_known_is_not(bench: Bench) -> None:
+    frame = bench.send(bench.one, OTHER_MAC)
+    padded = frame.ljust(60, b"\0")
+    assert bench.heard() == [[], [padded], [padded]]
+    bench.send(bench.two, GUEST_MAC, OTHER_MAC)
+    assert [len(frames) for frames in bench.heard()] == [1, 0, 0]
+    bench.send(bench.one, OTHER_MAC)
+    assert [len(frames) for frames in bench.heard()] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("group", (BROADCAST, b"\x01\0\x5e\0\0\xfb", b"\x33\x33\0\0\0\x01"), ids=bytes.hex)
+def test_groups_reach_all_others(bench: Bench, group: bytes) -> None:
+    bench.send(bench.two, group, OTHER_MAC)
+    assert [len(frames) for frames in bench.heard()] == [1, 0, 1]
+
+
+def test_frames_for_the_gateway_go_nowhere_else(bench: Bench) -> None:
+    bench.send(bench.one, bench.world.mac)
+    assert all(len(frames) == 0 for frames in bench.heard()[1:])
+
+
+def test_a_frame_for_a_guest_on_the_same_link_is_not_repeated(bench: Bench) -> None:
+    bench.send(bench.one, bench.world.mac, OTHER_MAC)
+    bench.heard()
+    bench.send(bench.one, OTHER_MAC)
+    assert bench.heard() == [[], [], []]
+
+
+def test_a_guest_that_moves_is_found_at_its_new_place(bench: Bench) -> None:
+    bench.send(bench.one, BROADCAST)
+    bench.send(bench.three, BROADCAST)
+    bench.heard()
+    bench.send(bench.two, GUEST_MAC, OTHER_MAC)
+    assert [len(frames) for frames in bench.heard()] == [0, 0, 1]
+
+
+def test_a_silent_guest_is_forgotten(bench: Bench) -> None:
+    bench.send(bench.one, BROADCAST)
+    bench.heard()
+    bench.world.advance(bench.world.now + _AGEING + 1)
+    bench.send(bench.two, GUEST_MAC, OTHER_MAC)
+    assert [len(frames) for frames in bench.heard()] == [1, 0, 1]
+
+
+def test_macs_of_a_lost_link_are_forgotten(bench: Bench) -> None:
+    bench.send(bench.one, BROADCAST)
+    bench.heard()
+    bench.world.remove_link(bench.one)
+    bench.send(bench.two, GUEST_MAC, OTHER_MAC)
+    assert [len(frames) for frames in bench.heard()] == [0, 0, 1]
+
+
+def test_a_flood_of_macs_is_bounded_and_keeps_those_that_speak(bench: Bench) -> None:
+    switch = bench.world.stack.switch
+    now = bench.world.now
+    switch.learn(OTHER_MAC, bench.two, now)
+    for i in range(3 * _TABLE):
+        now += 0.01
+        if i % 500 == 0:
+            switch.learn(OTHER_MAC, bench.two, now)
+        switch.learn(b"\x02" + i.to_bytes(5, "big"), bench.one, now)
+    assert len(switch.macs()) == _TABLE
+    assert switch.find(OTHER_MAC, now) is bench.two
+
+
+def test_a_link_of_a_smaller_mtu_does_not_get_larger_frames() -> None:
+    world = World()
+    big, small = world.add_link("big", mtu=9000), world.add_link("small", mtu=1500)
+    world.receive(big, udp_frame(BROADCAST, GUEST_MAC, GUEST4, OTHER4, (1, 2), bytes(1473)))
+    assert world.take(small) == []
+    assert world.drops["frame_too_big_for_link"] == 1
+    world.receive(big, udp_frame(BROADCAST, GUEST_MAC, GUEST4, OTHER4, (1, 2), bytes(1472)))
+    assert len(world.take(small)) == 1
+
+
+def test_one_link_has_nobody_to_send_to() -> None:
+    world = World()
+    link = world.add_link()
+    world.receive(link, udp_frame(OTHER_MAC, GUEST_MAC, GUEST4, OTHER4, (1, 2), b"?"))
+    assert world.take(link) == []
+    assert world.stack.counters.frames_switched == 0
+
+
+def test_what_is_not_ip_is_switched_too(bench: Bench) -> None:
+    """Guests speak to each other whatever they like."""
+    bench.world.oracle = False
+    frame = OTHER_MAC + GUEST_MAC + b"\x88\xcc" + bytes(50)
+    bench.world.receive(bench.one, frame)
+    assert bench.heard() == [[], [frame], [frame]]
+    assert bench.world.drops == {}
+
+
+def test_a_guest_that_does_not_read_does_not_hold_the_others_up(bench: Bench) -> None:
+    bench.two.stuck = True
+    for _ in range(100):
+        bench.send(bench.one, BROADCAST)
+    assert [len(frames) for frames in bench.heard()] == [0, 0, 100]
+
+
+def test_frames_switched_are_counted(bench: Bench) -> None:
+    bench.send(bench.one, BROADCAST)
+    assert bench.world.stack.counters.frames_switched == 1
+
+
+def test_the_first_frame_after_a_move_takes_the_slow_road(bench: Bench) -> None:
+    """known_macs of the link that it left are emptied."""
+    bench.send(bench.one, bench.world.mac)
+    assert bench.one.known_macs
+    bench.send(bench.two, BROADCAST, GUEST_MAC)
+    assert not bench.one.known_macs
+    assert THIRD_MAC not in bench.world.stack.switch.macs()
