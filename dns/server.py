@@ -241,7 +241,7 @@ class _Connection:
         server = self._server
         received = bytearray()
         while True:
-            chunk = b""
+            chunk: bytes | bytearray = b""
             with trio.move_on_after(IDLE_TIMEOUT) as patience:
                 chunk = await self._stream.receive_some(65536)
             if patience.cancelled_caught:

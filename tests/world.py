@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from netstack.core.flows import Limits
 from netstack.core.ports import Handler
 from netstack.core.stack import Stack
@@ -171,7 +173,7 @@ class World:
         for at, _, owner in stack.timers._heap:
             if owner.heap_at == at and isinstance(owner, TcpFlow):
                 assert owner in flows, "a closed flow has a timer"
-        assert sum(stack.flows._of_link.values()) == len(flows)
+        assert stack.flows._of_link == Counter(flow.link for flow in flows)
         for link in self.links:
             self._judge(link, link.frames, self._judged.get(link, 0))
             self._judged[link] = len(link.frames)

@@ -73,6 +73,11 @@ class Ingress:
             stack.switch.forward(link, dst, buffer, start, end, now)
             if not dst[0] & 1:
                 return  # for another guest
+            if self._is_for_one_host(buffer, start, end):
+                # RFC 1122 3.3.6: sent to all on the wire, and to one host by IP: silently discarded by everybody, and
+                # above all not answered with an error (3.2.2).
+                self._counters.group_packets += 1
+                return
         ethertype = macs[12] << 8 | macs[13]
         if ethertype == ETHERTYPE_IPV4:
             self._on_ipv4(link, src, buffer, start + 14, end, now)
@@ -82,6 +87,15 @@ class Ingress:
             stack.neighbors.on_arp(link, src, buffer, start + 14, end, now)
         else:
             self._counters.drop("ethertype_unknown")
+
+    def _is_for_one_host(self, buffer: memoryview, start: int, end: int) -> bool:
+        """Whether a frame carries an IP packet whose destination is no group. Untrusted."""
+        ethertype = buffer[start + 12] << 8 | buffer[start + 13]
+        if ethertype == ETHERTYPE_IPV4 and end - start >= 34:
+            return not self._addresses.is_group(bytes(buffer[start + 30 : start + 34]))
+        if ethertype == ETHERTYPE_IPV6 and end - start >= 54:
+            return not self._addresses.is_group(bytes(buffer[start + 38 : start + 54]))
+        return False
 
     # ---- IP --------------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from netstack.core.addresses import Addresses
+from netstack.core.budget import Budgets
 from netstack.core.counters import Counters
 from netstack.core.flows import FlowKey, FlowTable, Limits, flow_key
 from netstack.core.icmp import IcmpLayer
@@ -138,9 +139,7 @@ class Stack:
         self.scratch = np.empty(CHUNK, dtype=np.uint8)  # what flows read into from the host
         self.chunks: list[NDArray[np.uint8]] = []  # such buffers that no flow needs any more
         self.acked_chunks: list[tuple[Link, NDArray[np.uint8]]] = []  # nor does its guest, as it says
-        self.bytes_in_flight = 0
-        self.bytes_for_host = 0
-        self.bytes_out_of_order = 0
+        self.budgets = Budgets(self.limits)
         self._late_acks = _LateAcks(self)
         self._ingress = Ingress(self)
         self._secret = secret
@@ -302,6 +301,21 @@ class Stack:
                 chunks.append(chunk)
         self.acked_chunks.clear()
 
+    @property
+    def bytes_in_flight(self) -> int:
+        """Bytes sent to guests and not acknowledged."""
+        return self.budgets.in_flight.used
+
+    @property
+    def bytes_for_host(self) -> int:
+        """Bytes accepted from guests that host sockets have not taken yet."""
+        return self.budgets.for_host.used
+
+    @property
+    def bytes_out_of_order(self) -> int:
+        """Bytes of guests' segments that wait for one before them."""
+        return self.budgets.out_of_order.used
+
     # ---- links -----------------------------------------------------------------------------------------------------
 
     def add_link(self, link: Link) -> None:
@@ -313,6 +327,7 @@ class Stack:
         """It is gone. Its flows end soon unless their guest comes back, on whatever link."""
         self.switch.remove(link)
         self.neighbors.forget_link(link)
+        self.budgets.forget(link)
         self.udp.close_link(link, now)
         self.icmp.close_link(link, now)
         self.reassembly.forget_link(link)

@@ -143,6 +143,7 @@ class TcpFlow:
         "rtx",
         "rtx_at",
         "sending",
+        "shares",
         "snd_nxt",
         "snd_shift",
         "snd_una",
@@ -186,6 +187,7 @@ class TcpFlow:
         self.peer = peer
         self.peer_port = peer_port
         self.writer = SegmentWriter(link, mac, stack.mac, peer, guest, peer_port << 16 | guest_port)
+        self.shares = stack.budgets.of(link)  # of what the guest may make us hold
         self.state = CLOSED
         self.fast = False  # data may arrive and nothing is special: ESTABLISHED or FIN_WAIT_2
         self.sock: HostSocket | None = None
@@ -573,7 +575,7 @@ class TcpFlow:
         stack = self.stack
         if (
             len(queue) >= OUT_OF_ORDER_SEGMENTS
-            or stack.bytes_out_of_order + len(view) > stack.limits.out_of_order_bytes
+            or len(view) > self.shares.out_of_order.room()
         ):
             stack.counters.drop("tcp_out_of_order_full")
             return
@@ -584,7 +586,7 @@ class TcpFlow:
         if at and queue[at - 1][0] == seq and len(queue[at - 1][1]) >= len(view):
             return
         queue.insert(at, (seq, bytes(view)))
-        stack.bytes_out_of_order += len(view)
+        self.shares.out_of_order.add(len(view))
 
     def _take_out_of_order(self) -> None:
         """Move what is in order now from the queue to the batch."""
@@ -595,7 +597,7 @@ class TcpFlow:
             if skip >= HALF:
                 return
             del queue[0]
-            self.stack.bytes_out_of_order -= len(data)
+            self.shares.out_of_order.add(-len(data))
             if skip < len(data):
                 view = memoryview(data)[skip:]
                 self.batch.append(view)
@@ -606,7 +608,7 @@ class TcpFlow:
 
     def _forget_out_of_order(self) -> None:
         if self.out_of_order:
-            self.stack.bytes_out_of_order -= sum(len(data) for _, data in self.out_of_order)
+            self.shares.out_of_order.add(-sum(len(data) for _, data in self.out_of_order))
         self.out_of_order = None
 
     def finish_batch(self, now: float) -> None:
@@ -688,9 +690,9 @@ class TcpFlow:
             else:
                 queue.append(piece)
         self.to_host_bytes += kept
-        self.stack.bytes_for_host += kept
-        if self.stack.bytes_for_host > self.stack.limits.for_host_bytes:
-            # Hosts that do not read hold all that may wait for them; this one has the latest share of it.
+        self.shares.for_host.add(kept)
+        if self.shares.for_host.room() < 0:
+            # Hosts that do not read hold all that may wait for them from this guest.
             self.stack.counters.drop("tcp_for_host_budget")
             self.abort(now, "host does not read", tell_guest=True)
             return
@@ -729,7 +731,7 @@ class TcpFlow:
             if sent < wanted:
                 break
         self.to_host_bytes -= taken
-        self.stack.bytes_for_host -= taken
+        self.shares.for_host.add(-taken)
         if not queue:
             self.to_host = None
             if self.state == CLOSED:
@@ -796,8 +798,7 @@ class TcpFlow:
         self.state = CLOSED
         self.fast = self.sending = False
         stack.timers.cancel(self)
-        for _, view in self.rtx:
-            stack.bytes_in_flight -= len(view)
+        self.shares.in_flight.add(-sum(len(view) for _, view in self.rtx))
         self.rtx.clear()
         self._forget_out_of_order()
         self.ack_due = False
@@ -818,7 +819,7 @@ class TcpFlow:
 
     def _forget_to_host(self) -> None:
         if self.to_host:
-            self.stack.bytes_for_host -= self.to_host_bytes
+            self.shares.for_host.add(-self.to_host_bytes)
             self.to_host = None
             self.to_host_bytes = 0
         self.batch = []
@@ -856,6 +857,16 @@ class TcpFlow:
         """The guest is on another link now; headers and MSS follow."""
         self.stack.flows.move(self, link)
         self.link = link
+        held = (
+            sum(len(view) for _, view in self.rtx),
+            self.to_host_bytes,
+            sum(len(data) for _, data in self.out_of_order or ()),
+        )
+        for shares, sign in ((self.shares, -1), (self.stack.budgets.of(link), 1)):
+            shares.in_flight.add(sign * held[0])
+            shares.for_host.add(sign * held[1])
+            shares.out_of_order.add(sign * held[2])
+            self.shares = shares
         self._link_lost = False
         # The queue of the other link may refer to these chunks still: they must not be recycled (Stack.flush).
         self.rtx = deque((seq, memoryview(bytes(view))) for seq, view in self.rtx)

@@ -8,10 +8,10 @@ Theory of operation
 stay referenced in `flow.rtx` until acknowledged, which is the retransmission buffer. Nothing is read that cannot be
 sent, so the host's own window closes when the guest's does.
 
-What limits one read: the guest's window; SND_MAXIMUM; the stack's budget for bytes in flight, of which each flow gets a
-share of what is left (so that 20,000 flows whose guest never acknowledges cost the budget and not more); the link's
-backlog. A flow that is held back is `stalled`: the poller is told not to report its socket as readable, and the guest's
-next ACK, the link, or a timer calls `pump` again.
+What limits one read: the guest's window; SND_MAXIMUM; the budget for bytes in flight (`core.budget`), of which each
+flow gets a quarter of what is left to its guest, so that 20,000 flows whose guest never acknowledges cost the budget
+and not more, and leave room for other guests; the link's backlog. A flow that is held back is `stalled`: the poller is
+told not to report its socket as readable, and the guest's next ACK, the link, or a timer calls `pump` again.
 
 Loss: three duplicate ACKs, or the retransmission timer (RFC 6298), resend the segment at SND.UNA; in recovery each
 partial acknowledgement resends the next one (RFC 6582), up to what had been sent when the loss was noticed.
@@ -177,7 +177,7 @@ def pump(flow: TcpFlow, now: float, *, override: bool = False) -> None:
         flow.max_snd_wnd = flow.snd_wnd
     in_flight = (flow.snd_nxt - flow.snd_una) & M
     stack = flow.stack
-    share = (stack.limits.in_flight_bytes - stack.bytes_in_flight) >> 2
+    share = flow.shares.in_flight.room() >> 2
     space = min(flow.snd_wnd, SND_MAXIMUM, in_flight + share) - in_flight
     if space < mss and (space <= 0 or (space < flow.max_snd_wnd >> 1 and not override)):
         # Sender's silly window avoidance (RFC 9293 3.8.6.2.1). With something in flight, the ACK of it will tell.
@@ -250,7 +250,7 @@ def _send_chunk(flow: TcpFlow, view: memoryview, n: int, now: float) -> None:
         rtx[-1] = (first, memoryview(b"".join((data, view))))
     else:
         rtx.append((seq, view))
-    flow.stack.bytes_in_flight += n
+    flow.shares.in_flight.add(n)
     flow.bytes_to_guest += n
     window = advertised_window(flow)
     ack = flow.rcv_nxt
@@ -299,7 +299,7 @@ def on_acked(flow: TcpFlow, now: float) -> None:
         chunk: object = view.obj
         if type(chunk) is np.ndarray:
             stack.acked_chunks.append((flow.link, chunk))
-    stack.bytes_in_flight -= freed
+    flow.shares.in_flight.add(-freed)
     if flow.rtt_at and (una - flow.rtt_seq) & M < 0x80000000:
         measure_rtt(flow, now)
     flow.retries = 0

@@ -94,9 +94,15 @@ class DnsService:
 
     def apply(self, config: Config) -> None:
         """Take nameservers and search domains from the settings; where they name none, from the host."""
-        self._configured = tuple(Nameserver(*split_nameserver(text)) for text in config.dns.nameservers)
+        named = (Nameserver(*split_nameserver(text)) for text in config.dns.nameservers)
+        # Asking ourselves would go round for ever.
+        self._configured = tuple(server for server in named if server.packed() not in self._stack.addresses.own)
         self._search = config.dns.search
         self._on_search(self._search or self.host.current().search)
+
+    def follow(self) -> None:
+        """Look whether the host's settings changed, though no guest asks: their search domains are in DHCP and RA."""
+        self.host.current()
 
     def _nameservers(self) -> Sequence[Nameserver]:
         return self._configured or self.host.current().nameservers
@@ -113,11 +119,11 @@ class DnsService:
         link.flush()  # not within a round of the poller, perhaps
 
     def _find_guest(self, label: str) -> Sequence[bytes] | None:
-        lease = self._leases.find_name(label, time.monotonic())
-        if lease is None:
-            return None
-        return (lease.address, lease.address6) if lease.address6 is not None else (lease.address,)
+        now = time.monotonic()
+        lease = self._leases.find_name(label, now)
+        return lease.addresses(now) if lease is not None else None
 
     def _find_name(self, address: bytes) -> str | None:
+        now = time.monotonic()
         lease = self._leases.find_address(address)
-        return lease.name or None if lease is not None else None
+        return lease.name or None if lease is not None and address in lease.addresses(now) else None

@@ -198,10 +198,11 @@ class Network:
                 await trio.lowlevel.checkpoint()
 
     async def _run_route_watch(self) -> None:
-        """Whether the host reaches the IPv6 world changes with its networks; guests are told."""
+        """Whether the host reaches the IPv6 world, and its search domains, change with its networks; guests are told."""
         while True:
             await trio.sleep(_ROUTE_INTERVAL)
             self.services.set_router(subnets.has_ipv6_default_route(), time.monotonic())
+            self.dns.follow()
 
     async def _run_refresh(self) -> None:
         """Guests in the middle of a transfer are on the fast path, which notes nothing: look at each now and then."""
@@ -261,10 +262,7 @@ class Network:
             )
 
     def _owner_of(self, address: bytes) -> bytes | None:
-        lease = self.leases.find_address(address)
-        if lease is None or not lease.is_live(time.monotonic()):
-            return None
-        return lease.mac
+        return self.leases.owner_of(address, time.monotonic())
 
     def _load_leases(self, leases: LeaseTable, path: Path) -> None:
         def take(data: object) -> None:

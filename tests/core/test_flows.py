@@ -36,8 +36,10 @@ def _open(world: World, port: int, **where: object) -> Talk:
 def test_a_full_table_is_silent_and_counts() -> None:
     """The guest tries again later; a reset would tell it that nobody listens."""
     world = World(limits=Limits(tcp_flows=3))
-    talks = [_open(world, port) for port in (1, 2, 3)]
-    talks[0].received()
+    talks = []
+    for port in (1, 2, 3):
+        talks.append(_open(world, port))
+        talks[-1].received()
     late = _open(world, 4, link=talks[0].link)
     late.silence()
     assert world.drops == {"tcp_flow_table_full": 1}
@@ -57,6 +59,29 @@ def test_a_guest_has_its_share_and_others_go_on() -> None:
     other = Talk(world=world, link=world.add_link("two"), mac=OTHER_MAC, guest=OTHER4)
     established(talk=other)
     assert len(world.stack.flows) == 3
+
+
+def test_the_share_is_the_links_whatever_addresses_its_guest_uses() -> None:
+    world = World(limits=Limits(tcp_flows_per_guest=3))
+    link = world.add_link()
+    for n in range(5):
+        _open(world, 1, link=link, guest=GUEST4[:3] + bytes((100 + n,)))
+        world.take(link)
+        _open(world, 1, link=link, guest=GUEST6[:15] + bytes((100 + n,)), ipv6=True)
+        world.take(link)
+    assert len(world.stack.flows) == 3
+    assert world.drops == {"tcp_flows_of_guest": 7}
+
+
+def test_the_share_moves_with_the_flow() -> None:
+    world = World(limits=Limits(tcp_flows_per_guest=1))
+    talk = established(talk=Talk(world=world))
+    world.remove_link(talk.link)
+    talk.link = world.add_link("again")
+    talk.guest(seg("A"))
+    late = _open(world, 41000, link=talk.link)
+    late.silence()
+    assert world.drops == {"tcp_flows_of_guest": 1}
 
 
 def test_refused_connections_take_no_room() -> None:
@@ -92,16 +117,16 @@ def test_removing_twice_or_in_anothers_place_is_harmless() -> None:
     table.remove(flow)
     table.remove(flow)
     assert len(table) == 0
-    assert table._per_guest == {}
+    assert table._of_link == {}
     table.add(flow)
     assert list(table) == [flow]
 
 
 def test_iterating_while_flows_end() -> None:
     world = World()
-    talks = [established(talk=Talk(world=world, guest_port=port)) for port in range(1, 6)]
+    socks = [established(talk=Talk(world=world, guest_port=port)).host for port in range(1, 6)]
     for flow in world.stack.flows:
         flow.abort(world.now, "test", tell_guest=False)
     assert len(world.stack.flows) == 0
-    assert all(talk.host.was_reset for talk in talks) is False or True
+    assert all(sock.was_reset for sock in socks)
     world.check()

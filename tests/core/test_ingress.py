@@ -371,6 +371,26 @@ def test_multicast_and_broadcast_are_not_forwarded_to_the_host() -> None:
     assert world.take(link) == []
 
 
+@FAMILIES
+@pytest.mark.parametrize("group", (b"\xff" * 6, b"\x01\0\x5e\0\0\1", b"\x33\x33\0\0\0\1"), ids=bytes.hex)
+def test_one_hosts_packets_in_a_frame_to_all_are_discarded(ipv6: bool, group: bytes) -> None:
+    """RFC 1122 3.3.6 and 3.2.2: neither taken nor answered, whoever they are for."""
+    world = World()
+    link = world.add_link()
+    src, other, far, gateway = (GUEST6, OTHER6, WORLD6, GATEWAY6) if ipv6 else (GUEST4, OTHER4, WORLD4, GATEWAY4)
+    for dst in (other, far, gateway):
+        world.receive(
+            link,
+            tcp_frame(group, GUEST_MAC, src, dst, (40000, 80), 1, 0, SYN, 65535),
+            tcp_frame(group, GUEST_MAC, src, dst, (40000, 80), 1, 0, ACK, 65535),
+            udp_frame(group, GUEST_MAC, src, dst, (40000, 9), b"?"),
+            ip_frame(group, GUEST_MAC, src, dst, 132, b"sctp"),
+        )
+    assert world.host.opened == []
+    assert world.take(link) == []
+    assert world.stack.counters.group_packets == 12
+
+
 def test_udp_services_are_found_by_address_and_port() -> None:
     world = World()
     link = world.add_link()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from netstack.core.switch import _AGEING, _TABLE
+from netstack.core.switch import _AGEING, _IN_USE, _TABLE
 from tests.fakes import FakeLink
 from tests.frames import udp_frame
+from tests.script import Talk, established, seg
 from tests.world import GUEST4, GUEST_MAC, OTHER4, OTHER_MAC, World
 
 THIRD_MAC = bytes.fromhex("525400333333")
@@ -63,11 +64,45 @@ def test_a_frame_for_a_guest_on_the_same_link_is_not_repeated(bench: Bench) -> N
 
 
 def test_a_guest_that_moves_is_found_at_its_new_place(bench: Bench) -> None:
+    """Its old link is closed, or it has been silent there for a while."""
     bench.send(bench.one, BROADCAST)
+    bench.heard()
+    bench.world.advance(bench.world.now + _IN_USE)
     bench.send(bench.three, BROADCAST)
     bench.heard()
     bench.send(bench.two, GUEST_MAC, OTHER_MAC)
     assert [len(frames) for frames in bench.heard()] == [0, 0, 1]
+
+
+def test_a_mac_in_use_cannot_be_taken_over(bench: Bench) -> None:
+    """Another guest sends with it: its frames are dropped and counted, and the owner's go on."""
+    bench.send(bench.one, BROADCAST)
+    bench.heard()
+    for _ in range(10):
+        bench.send(bench.two, BROADCAST)
+        bench.send(bench.two, bench.world.mac)
+        assert bench.heard() == [[], [], []]
+        bench.world.advance(bench.world.now + 25)
+        bench.send(bench.one, BROADCAST)
+        bench.heard()
+    assert bench.world.drops["mac_of_another_link"] == 20
+    bench.send(bench.three, GUEST_MAC, OTHER_MAC)
+    assert [len(frames) for frames in bench.heard()] == [1, 0, 0]
+
+
+def test_a_guest_in_the_middle_of_a_transfer_counts_as_heard(bench: Bench) -> None:
+    """Its frames take the fast path, which notes nothing: so the rim has them take the slow road every 20 s."""
+    talk = established(talk=Talk(world=bench.world, link=bench.one))
+    for _ in range(10):
+        bench.world.advance(bench.world.now + 20)
+        talk.received()
+        bench.world.stack.switch.refresh()
+        talk.guest(seg("A", data=b"more"))
+        talk.received()
+    assert bench.world.stack.switch.find(GUEST_MAC, bench.world.now) is bench.one
+    bench.send(bench.two, BROADCAST)
+    assert bench.world.drops["mac_of_another_link"] == 1
+    assert bench.world.stack.neighbors.admit(bench.one, OTHER_MAC, GUEST4, bench.world.now) is None
 
 
 def test_a_silent_guest_is_forgotten(bench: Bench) -> None:
@@ -142,6 +177,7 @@ def test_the_first_frame_after_a_move_takes_the_slow_road(bench: Bench) -> None:
     """known_macs of the link that it left are emptied."""
     bench.send(bench.one, bench.world.mac)
     assert bench.one.known_macs
+    bench.world.advance(bench.world.now + _IN_USE)
     bench.send(bench.two, BROADCAST, GUEST_MAC)
     assert not bench.one.known_macs
     assert THIRD_MAC not in bench.world.stack.switch.macs()

@@ -389,6 +389,7 @@ def test_chunks_of_a_flow_that_moved_are_not_used_again() -> None:
     talk.host.sends(b"a" * 200_000)
     talk.settle()
     before, there = talk.link, talk.world.add_link("there", mtu=65520)
+    talk.world.stack.switch.remove(before)  # as if the guest had been silent there for a while
     talk.link = there
     talk.world.receive(there, talk.frame(seg("A", ack=200_001)))
     assert talk.world.stack.bytes_in_flight == 0

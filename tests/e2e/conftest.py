@@ -16,7 +16,7 @@ import pytest
 
 from tests.lab.guest import Guest, Nic, find_qemu, stream_nic, vde_nic
 from tests.lab.initramfs import LabUnavailableError, build_initramfs, find_kernel
-from tests.lab.namespaces import FAR4, FAR6, World, check_namespaces
+from tests.lab.namespaces import FAR4, FAR6, TapNamespace, World, check_namespaces
 from tests.lab.netstack import Netstack
 from tests.lab.servers import Resolver, Servers
 
@@ -95,18 +95,34 @@ class Lab:
         """The card of guest `number`, on the link of that kind."""
         return stream_nic(self.socket, MACS[number]) if kind == "stream" else vde_nic(self.switch, MACS[number])
 
-    def netstack(self, links: Sequence[str], *arguments: str, state: Path | None = None) -> Netstack:
+    def netstack(
+        self, links: Sequence[str], *arguments: str, state: Path | None = None, pass_fds: Sequence[int] = ()
+    ) -> Netstack:
         """A netstack on the world's host, not yet started; its log is kept with the other leavings."""
-        netstack = Netstack(self.world.host, self.world.folder / "n", links=links, arguments=arguments, state=state)
+        netstack = Netstack(
+            self.world.host,
+            self.world.folder / "n",
+            links=links,
+            arguments=arguments,
+            state=state,
+            pass_fds=pass_fds,
+        )
         netstack.log_path = self.folder / "netstack.log"
         return netstack
 
-    def guest(self, kind: str, number: int, *, server: bool = False) -> Guest:
+    def guest(self, kind: str, number: int) -> Guest:
         """Guest `number`, not yet booted."""
-        nic = self.nic(kind, number)
-        if server:
-            nic = stream_nic(self.socket, MACS[number], server=True)
-        return Guest([nic], self.folder / f"guest{number}")
+        return Guest([self.nic(kind, number)], self.folder / f"guest{number}")
+
+    def kernel_guest(self, number: int = 0, *, mtu: int = 65520) -> TapNamespace:
+        """A namespace as a guest, at the socket: its kernel has the addresses that guest `number` would lease."""
+        guest = self.stack.enter_context(TapNamespace(self.socket, inside=self.world.host, mtu=mtu, mac=MACS[number]))
+        guest.set_addresses(
+            f"192.168.5.{15 + number}/24",
+            f"fd00:c0a8:5::{15 + number}/64",
+            gateways=("192.168.5.2", "fd00:c0a8:5::2"),
+        )
+        return guest
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from tests.lab.initramfs import LabUnavailableError, build_initramfs, find_kernel
+from tests.lab.namespaces import LEASH
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,14 +127,18 @@ class Guest:
         capture: int | None = 256,
         prefix: Sequence[str] = (),
         append: str = "",
+        accelerator: str | None = None,
+        initramfs: Path | None = None,
     ) -> None:
         """Prepare a guest with `memory` MiB.
 
         `capture`: bytes of each frame for the pcap, None for no pcap. `prefix`: the words before QEMU's command, to run
-        it in a namespace.
+        it in a namespace. `accelerator` and `initramfs`: where the caller has found or built them already.
         """
         self.folder = folder
+        self._accelerator = accelerator
         self._append = append
+        self._initramfs = initramfs
         self._prefix = list(prefix)
         self._memory = memory
         self._nics = list(nics)
@@ -156,15 +161,14 @@ class Guest:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._shell, shell = socket.socketpair()
         self._qmp, qmp = socket.socketpair()
-        accelerator = find_accelerator()
+        accelerator = self._accelerator or find_accelerator()
         command = [
-            # QEMU ends with the process that started it, however that ends.
-            *(*self._prefix, "setpriv", "--pdeathsig", "KILL", find_qemu()),
+            *(*self._prefix, *LEASH, find_qemu()),
             *("-machine", "pc", "-accel", accelerator, "-smp", "1", "-m", str(self._memory)),
             # The guest's libraries choose their fastest code by what the processor can; la57 only makes TCG slower.
             *("-cpu", "host" if accelerator == "kvm" else "max,la57=off"),
             *("-display", "none", "-nodefaults", "-no-user-config"),
-            *("-kernel", str(kernel.image), "-initrd", str(build_initramfs(kernel))),
+            *("-kernel", str(kernel.image), "-initrd", str(self._initramfs or build_initramfs(kernel))),
             *("-append", f"console=ttyS0 quiet panic=-1 mitigations=off {KEEP_FREE} {self._append}".strip()),
             *("-serial", f"file:{self.folder / 'console.log'}"),
             *("-chardev", f"socket,id=shell,fd={shell.fileno()}", "-serial", "chardev:shell"),

@@ -21,8 +21,11 @@ from typing import TYPE_CHECKING, Self
 
 from tests.lab.guest import GuestError, find_accelerator, find_qemu
 from tests.lab.initramfs import LabUnavailableError
+from tests.lab.namespaces import LEASH
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tests.lab.guest import Nic
 
 PROMPT = "iPXE> "
@@ -32,9 +35,14 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?=]*[A-Za-z]|\x1bc")
 class Ipxe:
     """A virtual machine that has got no further than the command line of its network card."""
 
-    def __init__(self, nic: Nic, folder: Path) -> None:
-        """Prepare one; `folder` takes its screen (ipxe.log) and its frames (ipxe.pcap)."""
+    def __init__(self, nic: Nic, folder: Path, *, prefix: Sequence[str] = (), pass_fds: Sequence[int] = ()) -> None:
+        """Prepare one; `folder` takes its screen (ipxe.log) and its frames (ipxe.pcap).
+
+        `prefix`: the words before QEMU's command, to run it in a namespace; `pass_fds`: descriptors that its card uses.
+        """
         self._nic = nic
+        self._prefix = list(prefix)
+        self._pass_fds = list(pass_fds)
         self._folder = folder
         self._text = ""
 
@@ -46,7 +54,7 @@ class Ipxe:
         self._serial, serial = socket.socketpair()
         kind, _, rest = self._nic.netdev.partition(",")
         command = [
-            *("setpriv", "--pdeathsig", "KILL", find_qemu(), "-machine", "pc,graphics=off", "-m", "64"),
+            *(*self._prefix, *LEASH, find_qemu(), "-machine", "pc,graphics=off", "-m", "64"),
             *("-accel", find_accelerator(), "-display", "none", "-nodefaults", "-no-user-config", "-boot", "n"),
             *("-chardev", f"socket,id=serial,fd={serial.fileno()}", "-serial", "chardev:serial"),
             *("-netdev", f"{kind},id=n0,{rest}", "-device", f"{self._nic.device},netdev=n0,mac={self._nic.mac}"),
@@ -55,7 +63,11 @@ class Ipxe:
         self._log = (self._folder / "ipxe.log").open("ab")
         self._log.write(shlex.join(command).encode() + b"\n")
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, pass_fds=[serial.fileno()]
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            pass_fds=[serial.fileno(), *self._pass_fds],
         )
         serial.close()
         try:

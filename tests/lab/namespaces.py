@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ from tests.lab.initramfs import LabUnavailableError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+ROOT = Path(__file__).resolve().parents[2]
 RELAY = Path(__file__).with_name("relay.py")
 
 HOST4, HOST6 = "198.51.100.1", "2001:db8:1::1"
@@ -268,6 +270,13 @@ class TapNamespace(Namespace):
         except BaseException:
             super().close()
             raise
+
+    def probe(self, *words: str | int, timeout: float = 30.0) -> dict[str, Any]:
+        """Run one of the guests' test programs (tests/lab/rootfs/probe.py) in here; return what it found out."""
+        probe = Path(__file__).with_name("rootfs") / "probe.py"
+        command = (sys.executable, probe, *(str(word) for word in words))
+        found: dict[str, Any] = json.loads(self.run("env", f"PYTHONPATH={ROOT}", *command, timeout=timeout).stdout)
+        return found
 
     def set_addresses(self, *addresses: str, gateways: Sequence[str] = ()) -> None:
         """Give the tap addresses (ADDRESS/LENGTH) and default routes."""

@@ -39,8 +39,11 @@ class Netstack:
         links: Sequence[str],
         arguments: Sequence[str] = (),
         state: Path | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> None:
-        """Prepare one with the link URIs `links`. `state`: the folder of its leases, if they are to outlive it.
+        """Prepare one with the link URIs `links`.
+
+        `state`: the folder of its leases, if they are to outlive it; `pass_fds`: descriptors for its fd:// links.
 
         `folder` takes its log and its sockets: keep its path short, a socket's path has 107 bytes at most. Without a
         namespace it runs where the caller does.
@@ -51,6 +54,7 @@ class Netstack:
         self.process: subprocess.Popen[bytes] | None = None
         self.ready_after = 0.0
         self._namespace = namespace
+        self._pass_fds = list(pass_fds)
         self._command = [
             *(
                 str(Path(sys.executable).with_name("python")),
@@ -83,7 +87,12 @@ class Netstack:
             log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[writer], env=environment
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[writer, *self._pass_fds],
+                env=environment,
             )
         os.close(writer)
         try:

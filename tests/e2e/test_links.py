@@ -1,0 +1,122 @@
+"""Every kind of link with a real QEMU at its other end; iPXE as the guest, for it is there in a second."""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.conftest import MACS, Lab
+from tests.lab.guest import Nic, stream_nic, vde_nic
+from tests.lab.ipxe import Ipxe
+from tests.lab.namespaces import HOST4, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tests.lab.netstack import Netstack
+
+pytestmark = [pytest.mark.needs("qemu-system-x86_64", "ip", "dnsmasq"), pytest.mark.timeout(180), pytest.mark.slow]
+
+
+def check_network(lab: Lab, nic: Nic, prefix: Sequence[str] = (), pass_fds: Sequence[int] = ()) -> None:
+    """Boot iPXE on `nic`, and see that it gets an address and a page."""
+    events = len(lab.servers.events)
+    with Ipxe(nic, lab.folder, prefix=prefix, pass_fds=pass_fds) as ipxe:
+        assert ipxe.run("dhcp", 60).endswith("ok")
+        assert "192.168.5.15/255.255.255.0" in ipxe.run("route")
+        assert ipxe.run(f"imgfetch http://{HOST4}/").endswith("ok")
+    assert any(event["event"] == "http" for event in lab.servers.events[events:])
+
+
+def is_connected(netstack: Netstack) -> bool:
+    return any(link["connected"] for link in netstack.status()["links"])
+
+
+def test_qemu_listens_and_netstack_connects_whenever_it_is_there(lab: Lab) -> None:
+    nic = stream_nic(lab.socket, MACS[0], server=True)
+    # netstack first: its socket has yet to appear; then QEMU ends, and another one comes.
+    with lab.netstack([f"connect+unix://{lab.socket}"]) as netstack:
+        assert not is_connected(netstack)
+        for _ in range(2):
+            check_network(lab, nic)
+            wait_until(lambda: not is_connected(netstack), "netstack to see that QEMU has gone")
+
+
+def test_tcp(lab: Lab) -> None:
+    nic = Nic("stream,server=off,addr.type=inet,addr.host=127.0.0.1,addr.port=5555", MACS[0])
+    with lab.netstack(["tcp://127.0.0.1:5555"]):
+        check_network(lab, nic, prefix=lab.world.host.words())
+
+
+def test_tcp_where_qemu_listens(lab: Lab) -> None:
+    nic = Nic("stream,server=on,addr.type=inet,addr.host=127.0.0.1,addr.port=5556", MACS[0])
+    with lab.netstack(["connect+tcp://127.0.0.1:5556"]):
+        check_network(lab, nic, prefix=lab.world.host.words())
+
+
+def test_a_descriptor_that_both_inherit(lab: Lab) -> None:
+    ours, qemus = socket.socketpair()
+    with ours, qemus, lab.netstack([f"fd://{ours.fileno()}"], pass_fds=[ours.fileno()]):
+        nic = Nic(f"stream,addr.type=fd,addr.str={qemus.fileno()},server=off", MACS[0])
+        check_network(lab, nic, pass_fds=[qemus.fileno()])
+
+
+def test_the_legacy_socket_netdev(lab: Lab) -> None:
+    ours, qemus = socket.socketpair()
+    with ours, qemus, lab.netstack([f"fd://{ours.fileno()}"], pass_fds=[ours.fileno()]):
+        check_network(lab, Nic(f"socket,fd={qemus.fileno()}", MACS[0]), pass_fds=[qemus.fileno()])
+
+
+def test_two_links_are_one_network(lab: Lab) -> None:
+    with (
+        lab.netstack([f"unix://{lab.socket}", f"vde://{lab.switch}"]) as netstack,
+        Ipxe(stream_nic(lab.socket, MACS[0]), lab.folder / "stream") as one,
+        Ipxe(vde_nic(lab.switch, MACS[1]), lab.folder / "vde") as other,
+    ):
+        for ipxe, last in ((one, 15), (other, 16)):
+            assert ipxe.run("dhcp", 60).endswith("ok")
+            assert f"192.168.5.{last}/255.255.255.0" in ipxe.run("route")
+        # iPXE's ping never ends by itself but by its count; each link's MTU is its own.
+        output = one.run("ping --count 3 192.168.5.16", 30)
+        assert output.count("bytes from 192.168.5.16") == 3
+        addresses = {guest["mac"]: guest["addresses"] for guest in netstack.status()["guests"]}
+        assert "192.168.5.15" in addresses[MACS[0]]
+        assert "192.168.5.16" in addresses[MACS[1]]
+
+
+def test_a_frame_of_a_bad_length_ends_that_link_alone(lab: Lab) -> None:
+    with lab.netstack([f"unix://{lab.socket}"]) as netstack, socket.socket(socket.AF_UNIX) as liar:
+        good = lab.kernel_guest()
+        good.run("ping", "-c", "1", "-W", "5", "192.168.5.2")
+        liar.connect(str(lab.socket))
+        liar.sendall(b"\xff\xff\xff\xff" + bytes(100))
+        liar.settimeout(10)
+        while liar.recv(1 << 16):
+            pass
+        good.run("ping", "-c", "1", "-W", "5", "192.168.5.2")
+        assert good.probe("echo", HOST4, 7, 100_000) == {"received": 100_000, "same": True}
+        assert "4294967295" in netstack.log
+
+
+def test_a_guest_that_does_not_read_costs_little_and_stalls_nobody(lab: Lab) -> None:
+    with lab.netstack([f"unix://{lab.socket}"]) as netstack, socket.socket(socket.AF_UNIX) as deaf:
+        good = lab.kernel_guest()
+        deaf.connect(str(lab.socket))
+        # It claims an address, and then everybody talks to it.
+        mac = bytes.fromhex(MACS[1].replace(":", ""))
+        arp = bytes.fromhex("0001080006040001") + mac + bytes([192, 168, 5, 16]) + bytes(6) + bytes([192, 168, 5, 2])
+        frame = b"\xff" * 6 + mac + b"\x08\x06" + arp
+        deaf.sendall(len(frame).to_bytes(4, "big") + frame)
+        before = netstack.memory()
+        flood = good.popen("ping", "-f", "-q", "-s", "60000", "-c", "5000", "-w", "15", "192.168.5.16", stdout=-3)
+        start = time.monotonic()
+        assert good.probe("download", HOST4, 80, 50_000_000)["length"] == 50_000_000
+        assert time.monotonic() - start < 20
+        flood.terminate()
+        flood.wait()
+        assert netstack.memory() - before < 64 << 20
+        drops = sum(link.get("drops_to_guest", 0) for link in netstack.status()["links"])
+        assert drops > 0 or netstack.status()["drops"], "what it did not read is counted"
