@@ -198,7 +198,7 @@ class Network:
                 await trio.lowlevel.checkpoint()
 
     async def _run_route_watch(self) -> None:
-        """Whether the host reaches the IPv6 world, and its search domains, change with its networks; guests are told."""
+        """The host's way to the IPv6 world and its search domains change with its networks; guests are told."""
         while True:
             await trio.sleep(_ROUTE_INTERVAL)
             self.services.set_router(subnets.has_ipv6_default_route(), time.monotonic())

@@ -292,7 +292,7 @@ def test_many_guests_that_never_acknowledge_stay_within_the_budget() -> None:
     for talk in talks:
         talk.host.sends(bytes(50_000))
     world.settle()
-    assert 900_000 < world.stack.bytes_in_flight <= 1 << 20
+    assert 450_000 < world.stack.bytes_in_flight <= 1 << 19  # one link gets half, see core.budget
     world.take(talks[0].link)
     # Those that were held back go on when others acknowledge.
     first = talks[0]
@@ -325,7 +325,7 @@ def test_twenty_thousand_flows_that_never_acknowledge() -> None:
             stack.flush()
             link.frames.clear()
     assert len(stack.flows) == 20_000
-    assert sum(len(view) for flow in stack.flows for _, view in flow.rtx) == stack.bytes_in_flight > budget // 2
+    assert sum(len(view) for flow in stack.flows for _, view in flow.rtx) == stack.bytes_in_flight > budget * 0.4
     stack.flush()
     link.frames.clear()
 
@@ -343,7 +343,7 @@ def test_hosts_that_do_not_read_stay_within_the_budget() -> None:
             world.receive(talk.link, talk.frame(seg("A", data=bytes(1460))))
             assert world.stack.bytes_for_host <= 1 << 20
         world.take(talk.link)
-    assert world.stack.bytes_for_host > 900_000
+    assert world.stack.bytes_for_host > 450_000  # one link gets half, see core.budget
     for sock in list(world.host.open_sockets()):
         sock.room = None
     world.settle()
@@ -393,7 +393,7 @@ def test_segments_out_of_order_stay_within_their_budget() -> None:
             world.receive(talk.link, talk.frame(seg("A", seq=100 + i, data=bytes(1400))))
             held = sum(len(data) for flow in world.stack.flows for _, data in flow.out_of_order or ())
             assert held == world.stack.bytes_out_of_order <= 200_000
-    assert world.stack.bytes_out_of_order > 150_000
+    assert world.stack.bytes_out_of_order > 75_000  # one link gets half, see core.budget
     assert world.drops["tcp_out_of_order_full"] > 0
     world.take(talks[0].link)
     for talk in talks:

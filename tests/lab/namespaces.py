@@ -274,15 +274,17 @@ class TapNamespace(Namespace):
     def probe(self, *words: str | int, timeout: float = 30.0) -> dict[str, Any]:
         """Run one of the guests' test programs (tests/lab/rootfs/probe.py) in here; return what it found out."""
         probe = Path(__file__).with_name("rootfs") / "probe.py"
-        command = (sys.executable, probe, *(str(word) for word in words))
-        found: dict[str, Any] = json.loads(self.run("env", f"PYTHONPATH={ROOT}", *command, timeout=timeout).stdout)
+        arguments = [str(word) for word in words]
+        answer = self.run("env", f"PYTHONPATH={ROOT}", sys.executable, probe, *arguments, timeout=timeout)
+        found: dict[str, Any] = json.loads(answer.stdout)
         return found
 
     def set_addresses(self, *addresses: str, gateways: Sequence[str] = ()) -> None:
         """Give the tap addresses (ADDRESS/LENGTH) and default routes."""
         self.add_address(self.tap, *addresses)
         for gateway in gateways:
-            self.ip("route", "add", "default", "via", gateway, "dev", self.tap)
+            # Its own metric, because a router advertisement may have come already.
+            self.ip("route", "add", "default", "via", gateway, "dev", self.tap, "metric", 100)
 
     def close(self) -> None:
         """Unplug the tap and let go of the namespace."""

@@ -1,0 +1,1 @@
+"""Programs to read and to run: the demonstration (`make demo`) and netstack as a library."""

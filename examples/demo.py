@@ -1,0 +1,415 @@
+"""The demonstration: a real Linux guest, and what netstack gives it. `make demo` runs it.
+
+    a Debian kernel in QEMU  --- Ethernet frames over a unix socket ---  netstack run  --- ordinary sockets ---  servers
+
+It boots the kernel behind `netstack run`, lets the guest ask for addresses, ping, resolve a name, fetch files and move
+as much as it can, and shows what the host sees of that. Each step says what is typed and what came back; one that does
+not get what it expects says both, and the exit status is then 1. The servers are real ones, on the host's side
+(examples/stage.py). The guest's land is made of this machine's own files (tests/lab/initramfs.py). Nothing is
+downloaded, and nothing leaves this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from examples.stage import NAME, Host, Report, StepError
+from netstack.host.kvm import probe_kvm
+from tests.lab.guest import Guest, GuestError, find_qemu, stream_nic
+from tests.lab.initramfs import CACHE, LabUnavailableError, build_initramfs, find_kernel
+from tests.lab.namespaces import wait_until
+from tests.lab.netstack import Netstack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+ROOT = Path(__file__).resolve().parents[1]
+MAC = "52:54:00:12:34:56"
+FILE_SIZE = 16_000_000
+SECONDS = 4  # of a measurement
+# Measurements move gigabytes; so much of them is enough to look at.
+CAPTURE_LIMIT = "64M"
+
+# All that is not as usual. Everything has a default, and most users have no such file (docs/configuration.md).
+SETTINGS = """\
+[dns]
+nameservers = ["127.0.0.1:{dns_port}"]  # instead of those in /etc/resolv.conf
+search = ["example.test"]
+
+[pcap]
+file = {capture}
+max_size = "{limit}"
+"""
+
+
+class Demo:
+    """What the steps have in common."""
+
+    def __init__(self, report: Report, folder: Path) -> None:
+        """`folder` receives the capture and the logs."""
+        self.report = report
+        self.folder = folder
+        self.capture = folder / "demo.pcapng"
+
+    # ---- the stage ----
+
+    def set_up(self, stack: contextlib.ExitStack) -> None:
+        """Start the servers, netstack and the guest."""
+        report = self.report
+        # A unix socket's path is 107 bytes at most; the checkout's may be longer.
+        short = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netstack-demo-")))
+
+        report.heading("The host: servers, and netstack between them and the guest")
+        host = self.host = stack.enter_context(Host(self.folder))
+        if host.namespace is not None:
+            report.fact("isolated", "in a network namespace of its own; no cable leaves it")
+        else:
+            report.leave_out("not isolated", "on this host's loopback; nothing is sent elsewhere all the same")
+            report.leave_out("", f"reason: {host.no_namespace}")
+        web_root = short / "web"
+        web_root.mkdir()
+        (web_root / "index.html").write_text("<h1>Hello, guest.</h1>\n")
+        (web_root / "file").write_bytes(random.Random(5).randbytes(FILE_SIZE))
+        self.web_port, dns_port, self.iperf_port = host.port(80), host.port(53), host.port(5201)
+
+        socket_path = short / "n.sock"
+        settings = short / "netstack.toml"
+        capture = json.dumps(str(self.capture))  # TOML's strings are JSON's
+        settings.write_text(SETTINGS.format(dns_port=dns_port, capture=capture, limit=CAPTURE_LIMIT))
+        self.netstack = Netstack(
+            host.namespace, short, links=[f"unix://{socket_path}"], arguments=["--config", str(settings)]
+        )
+        self.netstack.log_path = self.folder / "netstack.log"
+        report.command("host", f"netstack run --link unix://{socket_path} --config {settings.name}")
+        with report.console.status("netstack starts"):
+            stack.enter_context(self.netstack)
+        self.network = self.netstack.status()["network"]
+        report.fact(
+            "netstack run", f"ready after {self.netstack.ready_after:.2f} s", f"network {self.network['subnet']}"
+        )
+
+        # Where the guest finds the servers: at the host's own addresses, or at the gateway, which is the host's loopback.
+        if host.namespace is not None:
+            self.servers = host.addresses
+        else:
+            self.servers = [self.network["gateway"], self.network["gateway6"]][: len(host.addresses)]
+        self.web = host.start_web(self.web_port, web_root)
+        self.resolver = host.start_resolver(dns_port, self.servers)
+        self.iperf = host.start_iperf(self.iperf_port)
+        running = ["http.server", *(["dnsmasq"] if self.resolver else []), *(["iperf3"] if self.iperf else [])]
+        report.fact("servers", ", ".join(running), f"on {' and '.join(host.addresses)}")
+
+        kernel = find_kernel()
+        report.heading("The guest: a Debian kernel in QEMU")
+        kvm = probe_kvm()
+        self.accelerator = "kvm" if kvm.usable else "tcg"
+        how = "KVM, which works here" if kvm.usable else f"emulated (TCG), because {kvm.reason}"
+        report.fact("processor", how)
+        with report.console.status("the guest's files are gathered"):
+            initramfs = build_initramfs(kernel, writable(CACHE) or short)
+        nic = stream_nic(socket_path, MAC)
+        self.guest = Guest(
+            [nic], self.folder, memory=512, capture=None, accelerator=self.accelerator, initramfs=initramfs
+        )
+        report.command("host", f"qemu-system-x86_64 ... -netdev {nic.netdev},id=n -device virtio-net-pci,netdev=n")
+        start = time.monotonic()
+        with report.console.status("the guest boots"):
+            stack.enter_context(self.guest)
+        report.fact("booted", f"Linux {kernel.version} in {time.monotonic() - start:.1f} s")
+
+    # ---- the steps ----
+
+    def show_lease(self) -> None:
+        """The guest gets its addresses: DHCP, router advertisement, DHCPv6."""
+        self.report.command("guest", "udhcpc -i eth0")
+        lease = self.guest.configure()
+        expect(
+            "ip" in lease and lease.get("router") == self.network["gateway"], f"a lease from the gateway, not {lease}"
+        )
+        self.report.fact(
+            "IPv4 address", f"{lease['ip']}/{lease['mask']}", f"by DHCP, for {int(lease['lease']) // 60} min"
+        )
+        self.report.fact("gateway, DNS", f"{lease['router']}, {lease['dns']}")
+        self.report.fact("MTU, search", f"{lease['mtu']}, {lease.get('search', '')}")
+        self.guest.wait_for("ip -6 addr show dev eth0 scope global | grep -q inet6")
+        self.guest.wait_for("! ip -6 addr show dev eth0 | grep -q tentative")
+        advertised = [address for address in self.guest.addresses() if in_network6(address, self.network["subnet6"])]
+        expect(bool(advertised), f"an address in {self.network['subnet6']} by router advertisement")
+        self.report.fact("IPv6 address", advertised[0], "by router advertisement")
+        if self.guest.run("command -v dhclient").status != 0:
+            self.report.leave_out("DHCPv6", "no dhclient; sudo apt-get install isc-dhcp-client")
+            return
+        self.report.command("guest", "dhclient -6 eth0")
+        self.guest.check("dhclient -6 -1 -sf /lab/dhclient6.sh -lf /run/leases6 -pf /run/pid6 eth0", 40)
+        lease6 = self.guest.variables("/run/lease6")
+        expect(in_network6(lease6.get("new_ip6_address", ""), self.network["subnet6"]), f"a DHCPv6 lease, not {lease6}")
+        self.report.fact("IPv6 address", lease6["new_ip6_address"], "by DHCPv6")
+        self.report.fact("IPv6 DNS", lease6.get("new_dhcp6_name_servers", "none"))
+
+    def show_ping(self) -> None:
+        """The gateway answers."""
+        for address in (self.network["gateway"], self.network["gateway6"]):
+            self.report.command("guest", f"ping -c 3 {address}")
+            output = self.guest.check(f"ping -c 3 -i 0.2 {address}")
+            received = re.search(r"(\d+) (?:packets )?received", output)
+            expect(received is not None and received[1] == "3", f"3 answers from {address}:\n{output}")
+            times = re.search(r"= ([\d.]+)/([\d.]+)/([\d.]+)", output)
+            note = f"round trip {times[1]} to {times[3]} ms" if times else ""
+            self.report.fact("answers", f"3 of 3 from {address}", note)
+
+    def show_name(self) -> None:
+        """Names: the host's own, and what the host's resolver says."""
+        self._look_up("host.netstack.internal", self.network["gateway"], "the host, by netstack itself")
+        if self.resolver is None:
+            self.report.leave_out("resolver", "no dnsmasq; sudo apt-get install dnsmasq-base")
+            return
+        self._look_up(NAME, self.servers[0], "by the resolver on the host")
+        asked = f"query[A] {NAME} from 127.0.0.1"
+        expect(asked in self.resolver.log, f"{asked!r} in dnsmasq's log:\n{self.resolver.log}")
+
+    def _look_up(self, name: str, address: str, note: str) -> None:
+        self.report.command("guest", f"nslookup {name}")
+        output = self.guest.check(f"nslookup {name}")
+        found = re.findall(r"Address:\s+(\S+)$", output.partition("Name:")[2], flags=re.MULTILINE)
+        expect(address in found, f"{address} for {name}:\n{output}")
+        self.report.fact(name, ", ".join(found), note)
+
+    def show_page(self) -> None:
+        """A page from a server on the host, by name, by both families, and a file that must arrive whole."""
+        port = "" if self.web_port == 80 else f":{self.web_port}"
+        names = [NAME if self.resolver is not None else self.servers[0]]
+        names += [f"[{address}]" for address in self.servers[1:]]
+        for name in names:
+            self.report.command("guest", f"wget -qO - http://{name}{port}/")
+            page = self.guest.check(f"wget -qO - http://{name}{port}/").strip()
+            expect("Hello, guest." in page, f"the page of the web server, not {page!r}")
+            self.report.fact("page", page)
+        # The whole point: to the host's servers, and to the world, the guest's traffic is the host's.
+        for web, address in zip(self.web, self.host.addresses, strict=True):
+            expect(f"{address} - - " in web.log, f"{address} as the client in the web server's log:\n{web.log}")
+        self.report.fact("came from", " and ".join(self.host.addresses), "says the server's log: the host itself")
+        self.report.command("guest", f"wget -qO - http://{names[0]}{port}/file | sha256sum")
+        start = time.monotonic()
+        digest = self.guest.check(f"wget -qO - http://{names[0]}{port}/file | sha256sum", 60).split()[0]
+        wanted = hashlib.sha256(random.Random(5).randbytes(FILE_SIZE)).hexdigest()
+        expect(digest == wanted, f"the SHA-256 {wanted}, not {digest}")
+        self.report.fact(
+            "file", f"{FILE_SIZE // 1_000_000} MB, SHA-256 as on the host", f"{time.monotonic() - start:.1f} s"
+        )
+
+    def show_traffic(self) -> None:
+        """As much as the guest can, both ways; meanwhile, what the host sees of it."""
+        if self.iperf is None or self.guest.run("command -v iperf3").status != 0:
+            self.report.leave_out("iperf3", "not there; sudo apt-get install iperf3")
+            return
+        target = f"{self.servers[0]} -p {self.iperf_port}"
+        self.report.command("guest", f"iperf3 -c {target} -t {SECONDS} &")
+        self.guest.check(f"(iperf3 -c {target} -t {SECONDS} -J >/run/up; touch /run/up.done) >/dev/null 2>&1 &")
+        wait_until(self._is_uploading, "a flow with a megabyte from the guest in GET /v1/status", 15)
+        self.report.command("host", "netstack status --json   # that is GET /v1/status")
+        api = f"unix://{self.netstack.api_path}"
+        state = json.loads(run_netstack("status", "--json", "--api", api))
+        flows = state["flows"]["list"]
+        expect(any(flow["bytes_from_guest"] > 1_000_000 for flow in flows), f"the transfer among the flows: {flows}")
+        self.report.table(
+            ("protocol", "guest", "peer", "state", "from guest", "to guest"),
+            (
+                (flow["protocol"], flow["guest"], flow["peer"], flow["state"],
+                 megabytes(flow["bytes_from_guest"]), megabytes(flow["bytes_to_guest"]))
+                for flow in flows
+            ),
+        )  # fmt: skip
+        guest = state["guests"][0]
+        self.report.fact("flows", f"{len(flows)} of at most {state['flows']['limit']}", f"guest {guest['mac']}")
+        link = state["links"][0]
+        self.report.fact("frames", f"{link['frames_from_guest']} from the guest, {link['frames_to_guest']} to it",
+                         f"dropped: {sum(state['drops'].values())}")  # fmt: skip
+        self.guest.wait_for("test -e /run/up.done", SECONDS + 20)
+        self.report.fact("guest to host", rate_of(self.guest.check("cat /run/up")))
+        self.report.command("guest", f"iperf3 -c {target} -t {SECONDS} --reverse")
+        output = self.guest.run(f"iperf3 -c {target} -t {SECONDS} -J --reverse", SECONDS + 20).output
+        self.report.fact("host to guest", rate_of(output))
+        if self.accelerator == "tcg":
+            self.report.console.print(
+                "    The guest is emulated, and that is the limit here; `make bench` measures netstack itself.",
+                style="dim",
+            )
+
+    def _is_uploading(self) -> bool:
+        return any(flow["bytes_from_guest"] > 1_000_000 for flow in self.netstack.status()["flows"]["list"])
+
+    def show_capture(self) -> None:
+        """netstack ends, and leaves every frame in a file."""
+        status = self.netstack.stop()
+        expect(status == 0, f"that netstack ends with status 0 on SIGTERM, not {status}")
+        path = shown(self.capture)
+        self.report.command("host", f"netstack pcap show {path}")
+        lines = run_netstack("pcap", "show", "--limit", "6", str(self.capture)).splitlines()
+        expect(len(lines) == 6, "frames in the capture")
+        # Without the link's name and the date, so that the lines fit.
+        self.report.block("\n".join(re.sub(r" \S*unix:\S*", "", line) for line in lines) + "\n...")
+        size = self.capture.stat().st_size
+        self.report.fact("capture", f"{path}, {megabytes(size)}", f"ends at {CAPTURE_LIMIT}B")
+        self.report.fact("look at it", f"netstack pcap show --drops {path}")
+        self.report.fact("", f"wireshark {path}")
+
+
+def expect(condition: bool, what: str) -> None:
+    """Raise StepError unless `condition`."""
+    if not condition:
+        raise StepError(f"expected {what}")
+
+
+def in_network6(address: str, network: str) -> bool:
+    """Whether an address of the guest belongs to the network (a /64)."""
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(address) in ipaddress.ip_network(network)
+    except ValueError:
+        return False
+
+
+def megabytes(count: float) -> str:
+    """1.2 MB."""
+    return f"{count / 1e6:.1f} MB"
+
+
+def rate_of(output: str) -> str:
+    """What iperf3's JSON says was received, each second and in all."""
+    try:
+        document: dict[str, Any] = json.loads(output)
+        received = document["end"]["sum_received"]
+    except (ValueError, KeyError):
+        raise StepError(f"expected a result of iperf3:\n{output[-400:]}") from None
+    expect(received["bytes"] > 0, f"that bytes arrive: {document.get('error', received)}")
+    return f"{received['bits_per_second'] / 1e6:.0f} Mbit/s  ({megabytes(received['bytes'])} in {received['seconds']:.1f} s)"
+
+
+def run_netstack(*arguments: str) -> str:
+    """Run a `netstack` command to its end; return what it wrote to standard output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "netstack", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        timeout=30,
+    )
+    expect(done.returncode == 0, f"status 0 of netstack {shlex.join(arguments)}, not {done.returncode}: {done.stderr}")
+    return done.stdout
+
+
+def writable(folder: Path) -> Path | None:
+    """The folder, made where it is not there; None where this user may not write there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def shown(path: Path) -> str:
+    """A path as people would type it from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def find_missing() -> list[str]:
+    """What this machine lacks for the demonstration, and how to mend it."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return [f"the demonstration needs Linux on x86-64; this is {sys.platform} on {platform.machine()}"]
+    missing = []
+    checks: tuple[Callable[[], object], ...] = (find_qemu, find_kernel)
+    for check in checks:
+        try:
+            check()
+        except LabUnavailableError as lack:
+            missing.append(str(lack))
+    return missing
+
+
+def on_terminate(number: int, _frame: FrameType | None) -> None:
+    """SIGTERM and SIGHUP clear everything away as Ctrl-C does."""
+    raise SystemExit(128 + number)
+
+
+def play(report: Report, folder: Path) -> None:
+    """All steps, one after the other; one that fails does not end the others, unless nothing can go on."""
+    demo = Demo(report, folder)
+    steps: tuple[tuple[str, Callable[[], None]], ...] = (
+        ("The lease: IPv4 and IPv6", demo.show_lease),
+        ("A ping of the gateway", demo.show_ping),
+        ("A name resolved", demo.show_name),
+        ("A page fetched from a server on the host", demo.show_page),
+        ("The flows as the host sees them, and the throughput both ways", demo.show_traffic),
+        ("What is left behind", demo.show_capture),
+    )
+    with contextlib.ExitStack() as stack:
+        try:
+            demo.set_up(stack)
+        except Exception as error:  # whatever it is, people want to read it with the rest
+            report.fail("not set up", words_of(error))
+            return
+        for title, step in steps:
+            report.heading(title)
+            try:
+                step()
+            except Exception as error:  # as above
+                report.fail("failed", words_of(error))
+
+
+def words_of(error: Exception) -> str:
+    """The text of an error, and its kind where the text alone says little."""
+    told = isinstance(error, StepError | GuestError | LabUnavailableError)
+    return str(error) if told else f"{type(error).__name__}: {error}"
+
+
+def main() -> int:
+    """Run the demonstration; the exit status."""
+    report = Report()
+    start = time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, on_terminate)
+    report.console.print("[bold]netstack[/]: a Linux guest and its network, on this machine alone")
+    missing = find_missing()
+    if missing:
+        report.heading("This machine cannot show it yet")
+        for what in missing:
+            report.fail("missing", what)
+        report.console.print("    All of it, on Debian and Ubuntu: sudo scripts/setup-debian.sh")
+        return 1
+    folder = writable(ROOT / "artifacts" / "demo") or Path(tempfile.mkdtemp(prefix="netstack-demo-artifacts-"))
+    for old in folder.iterdir():
+        old.unlink()
+    try:
+        play(report, folder)
+    except KeyboardInterrupt:
+        report.console.print("\nInterrupted; the guest, netstack and the servers are ended.")
+        return 130
+    report.fact("logs", shown(folder), "netstack, QEMU, the guest's kernel and shell, the servers")
+    seconds = f"{time.monotonic() - start:.0f} s"
+    if report.failed:
+        report.console.print(f"\n[bold red]{report.failed} steps failed[/], {seconds}.")
+        return 1
+    report.console.print(f"\n[bold green]All went well[/], {seconds}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
