@@ -65,8 +65,24 @@ class Attachment(ABC):
         self._count += 1
         return self.uri if self._count == 1 else f"{self.uri}#{self._count}"
 
+    def _admit(self, sock: socket.socket, gone: Callable[[], None] | None = None) -> None:
+        """Make a link of a connected stream socket; where that fails, this guest is turned away and no other."""
+        try:
+            link = self._factory.stream(self._name(), sock)
+        except OSError as error:
+            sock.close()
+            self._factory.tell("cannot attach a guest", link=self.uri, error=str(error))
+            if gone is not None:
+                gone()
+        else:
+            self._adopt(link, gone)
+
     def _adopt(self, link: BaseLink, gone: Callable[[], None] | None = None) -> None:
         """Keep track of a link until it closes."""
+        if link.closed:  # while we said hello: its guest was gone already
+            if gone is not None:
+                gone()
+            return
         self.links.append(link)
         join = link.on_closed
 
@@ -125,7 +141,7 @@ class StreamListener(Attachment):
                     self._factory.tell("too many guests on one socket", link=self.uri, limit=MAX_GUESTS)
                     connection.close()
                     continue
-                self._adopt(self._factory.stream(self._name(), connection))
+                self._admit(connection)
         finally:
             self.close()
 
@@ -169,7 +185,7 @@ class StreamConnector(Attachment):
                 gone = trio.Event()
                 delay = _RETRY_FIRST
                 told = ""
-                self._adopt(self._factory.stream(self.uri, sock), gone.set)
+                self._admit(sock, gone.set)
                 await gone.wait()
                 await trio.sleep(delay)  # a peer that accepts and closes at once must not become a busy loop
         finally:

@@ -115,7 +115,8 @@ def test_a_guest_that_does_not_read_costs_little_and_stalls_nobody(lab: Lab) -> 
 
         def dropped() -> int:
             status = netstack.status()
-            return sum(link.get("drops_to_guest", 0) for link in status["links"]) + sum(status["drops"].values())
+            by_links = sum(int(link.get("drops_to_guest", 0)) for link in status["links"])
+            return by_links + sum(int(count) for count in status["drops"].values())
 
         try:
             wait_until(lambda: dropped() > 100, "frames for the deaf guest to be dropped and counted", 20)
