@@ -59,19 +59,23 @@ def join_with_veth(lab: Lab, mtu: int) -> tuple[Attachment, load.Servers]:
 
 
 def measure_relay(around: Surroundings, figures: Figures, seconds: float, say: Callable[[str], None]) -> None:
+    """Both ways of joining, in turns: throughput once for each MTU, round trips in several short runs."""
     for mtu in (LARGE, SMALL):
-        for attachment, servers in (join_with_relays(around, mtu), join_with_veth(around.lab, mtu)):
+        pairs = (join_with_relays(around, mtu), join_with_veth(around.lab, mtu))
+        for attachment, servers in pairs:
             try:
                 run = load.measure_tcp(servers, attachment, "up", 1, seconds)
-                figures.add(throughput_metric(mtu), attachment.peer, run.gbits)
-                say(f"  {attachment.peer}, MTU {mtu}: {run.gbits:.1f} Gbit/s")
-                if mtu == SMALL:
-                    figures.add(ROUND_TRIP, attachment.peer, load.measure_round_trips(attachment, "tcp", 1, 1).p50)
             except LabError as error:
                 figures.fail(throughput_metric(mtu), attachment.peer, str(error))
-            finally:
-                attachment.end()
-                servers.end()
+                continue
+            figures.add(throughput_metric(mtu), attachment.peer, run.gbits)
+            say(f"  {attachment.peer}, MTU {mtu}: {run.gbits:.1f} Gbit/s")
+        if mtu == SMALL:
+            for attachment, _ in pairs * 5:
+                figures.add(ROUND_TRIP, attachment.peer, load.measure_round_trips(attachment, "tcp", 1, 0.5).p50)
+        for attachment, servers in pairs:
+            attachment.end()
+            servers.end()
 
 
 def relay_microseconds(figures: Figures) -> float | None:

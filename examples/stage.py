@@ -10,11 +10,13 @@ class Report writes headings, facts and failures: with colours on a terminal, an
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -27,14 +29,24 @@ from tests.lab.namespaces import LEASH, Namespace, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
     from typing import Self
 
+    from rich.status import Status
+
+ROOT = Path(__file__).resolve().parents[1]
 # The host's own addresses in its namespace. They are set aside for documentation (RFC 5737, RFC 3849).
 HOST4, HOST6 = "198.51.100.1", "2001:db8:1::1"
 NAME = "www.example.test"
+WEB_SERVER = """
+import sys
+from tests.lab.servers import HttpServer
+with HttpServer(sys.argv[1], int(sys.argv[2])) as server:
+    print("ready")
+    server.serve_forever()
+"""
 WIDEST = 100  # columns
-LABEL = 16  # columns of the words before a fact
+LABEL = 14  # columns of the words before a fact
+MARGIN = 4
 
 
 class StepError(Exception):
@@ -49,7 +61,9 @@ class Program:
         self._log = log
         words = [*(host.namespace.words() if host.namespace else LEASH), *command]
         with log.open("wb") as file:
-            self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+            self._process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env={**os.environ, "PYTHONPATH": str(ROOT)}
+            )
         try:
             wait_until(lambda: ready in self.log or self._process.poll() is not None, f"{command[0]}: {ready!r}", 20)
             if self._process.poll() is not None:
@@ -93,6 +107,10 @@ class Host:
     def _lay_cable(self, namespace: Namespace) -> list[str]:
         """Give the host a network card with nobody at its other end, so that it has addresses and a default route."""
         namespace.ip("link", "add", "eth0", "type", "veth", "peer", "name", "nobody")
+        if Path("/etc/resolv.conf").exists():  # without it, the resolver on the host itself is asked (resolv.conf(5))
+            ours = self._folder / "resolv.conf"
+            ours.write_text("nameserver 127.0.0.1\nsearch example.test\n")
+            namespace.bind_file("/etc/resolv.conf", ours)
         for device in ("eth0", "nobody"):
             namespace.ip("link", "set", device, "up")
         namespace.add_address("eth0", f"{HOST4}/24")
@@ -112,23 +130,21 @@ class Host:
             probe.bind(("127.0.0.1", 0))
             return int(probe.getsockname()[1])
 
-    def start_web(self, port: int, root: Path) -> list[Program]:
-        """Python's web server with the files in `root`, one for each address."""
+    def start_web(self, port: int) -> list[Program]:
+        """The lab's web server: `/` is a page, `/bytes/N` a file; its log says who asks. One for each address."""
         return [
-            self._start(f"web{number}", "Serving HTTP", sys.executable, "-u", "-m", "http.server", str(port),
-                        "--bind", address, "--directory", root)
+            self._start(f"web{number}", "ready", sys.executable, "-u", "-c", WEB_SERVER, address, str(port))
             for number, address in enumerate(self.addresses)
-        ]  # fmt: skip
+        ]
 
     def start_resolver(self, port: int, addresses: Sequence[str]) -> Program | None:
         """dnsmasq, which knows NAME and asks nobody else; None where it is not installed."""
         program = shutil.which("dnsmasq", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
         if program is None:
             return None
-        # In a user namespace of one user it could not become the user that it prefers to root.
-        user = ["--user=root", "--group=root"] if self.namespace is not None else []
+        # --no-daemon also keeps it from changing its user and groups, which it may not in a user namespace.
         return self._start(
-            "dnsmasq", "started", program, "--keep-in-foreground", "--conf-file=/dev/null", "--pid-file=", *user,
+            "dnsmasq", "started", program, "--no-daemon", "--conf-file=/dev/null", "--pid-file=",
             "--bind-interfaces", "--listen-address=127.0.0.1", f"--port={port}", "--no-resolv", "--no-hosts",
             "--log-facility=-", "--log-queries", f"--host-record={NAME},{','.join(addresses)}",
         )  # fmt: skip
@@ -168,6 +184,9 @@ class Report:
     """What people see."""
 
     def __init__(self) -> None:
+        # What a guest or a terminal's settings bring about must not end the play.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
         self.console = Console(highlight=False)
         if not self.console.is_terminal or self.console.width > WIDEST:
             self.console.width = WIDEST
@@ -195,21 +214,33 @@ class Report:
 
     def command(self, where: str, text: str) -> None:
         """What is typed, in the guest or on the host."""
-        self.console.print(Padding(Text(f"{where}$ {text}", style="cyan", overflow="fold"), (0, 0, 0, 4)))
+        for line in Text(f"{where}$ {text}", style="cyan").wrap(self.console, self.console.width - MARGIN):
+            line.rstrip()
+            self.console.print(Text(" " * MARGIN) + line)
 
-    def block(self, text: str) -> None:
+    def block(self, lines: Iterable[str]) -> None:
         """Output of a program, each line cut at the edge."""
-        for line in text.splitlines():
-            self.console.print(Text(f"    {line}", style="dim"), no_wrap=True, overflow="ellipsis", crop=True)
+        room = self.console.width - MARGIN
+        for line in lines:
+            cut = line if len(line) <= room else f"{line[: room - 3]}..."
+            self.console.print(Text(" " * MARGIN + cut, style="dim"), no_wrap=True)
+
+    def remark(self, text: str) -> None:
+        """A sentence."""
+        self.console.print(Text(" " * MARGIN + text, style="dim"))
+
+    def wait(self, what: str) -> Status:
+        """Shows, on a terminal, that something is being done. A context manager."""
+        return self.console.status(what, spinner="line")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """A small table."""
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold dim")
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold dim")
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*(Text(str(cell)) for cell in row))
-        self.console.print(Padding(table, (0, 0, 0, 4)))
+        self.console.print(Padding(table, (0, 0, 0, MARGIN), expand=False))
 
     def _line(self, mark: str, style: str, label: str, text: object, note: str) -> None:
         line = Table.grid(padding=(0, 1, 0, 0))

@@ -8,8 +8,8 @@
     talk.silence()
 
 Sequence numbers are relative: the guest's to its ISN, ours to our ISS, so the SYN of either side is 0. What a guest's
-segment does not say is what a well-behaved guest would send; what an expected one does not say may be anything, PSH too.
-A frame that nobody expected is an error at the next step.
+segment does not say is what a well-behaved guest would send; what an expected one does not say may be anything, PSH
+too. A frame that nobody expected is an error at the next step.
 """
 
 from __future__ import annotations

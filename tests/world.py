@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 
+from netstack.core.dhcp import DhcpServer
+from netstack.core.dhcpv6 import Dhcpv6Server
 from netstack.core.flows import Limits
+from netstack.core.leases import LeaseTable
+from netstack.core.ndp import NdpResponder
 from netstack.core.ports import Handler
+from netstack.core.sntp import SntpServer
 from netstack.core.stack import Stack
 from netstack.core.tcp import CLOSED, STATE_NAMES, TcpFlow
 from netstack.core.timers import NEVER
+from netstack.gateway.services import AddressServices
 from tests.core.ip_fakes import GATEWAY4, GATEWAY6, GUEST4, GUEST6, WORLD4, WORLD6, addresses
 from tests.fakes import FakeEvents, FakeHost, FakeLink, FakePoller, FakeSocket
 from tests.frames import judge
@@ -68,6 +74,25 @@ class World:
         self.stack.flush()
         self.take(link)
         return link
+
+    def add_services(self) -> AddressServices:
+        """The gateway's own services over UDP, as the gateway wires them, but without chance and without a host."""
+        where = self.stack.addresses
+        leases = LeaseTable(
+            where.subnet.network_address.packed,
+            where.subnet.prefixlen,
+            reserved=(where.gateway, where.dns),
+            prefix6=where.subnet6.network_address.packed,
+        )
+        prefix = where.subnet6.network_address.packed
+        own = (where.link_local, where.gateway6, where.dns6)
+        return AddressServices(
+            self.stack,
+            DhcpServer(leases, where.gateway, dns=(where.dns,), mtu=1500, domain="test", ntp=(where.gateway,)),
+            Dhcpv6Server(leases, where.mac, dns=(where.dns6,)),
+            NdpResponder(where.mac, where.link_local, own, prefix, lambda: 0.5, mtu=1500, dns=(where.dns6,)),
+            SntpServer(lambda: 1e9),
+        )
 
     def remove_link(self, link: FakeLink) -> None:
         link.close()

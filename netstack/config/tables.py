@@ -250,8 +250,8 @@ class ApiTable(Table):
 class LimitsTable(Table):
     """[limits]: what guests can make netstack hold. The defaults serve a dozen busy guests in some 200 MB."""
 
-    flows: Annotated[int, Field(ge=16, le=1_000_000)] = 16384
-    flows_per_guest: Annotated[int, Field(ge=16, le=1_000_000)] = 8192
+    flows: Annotated[int, Field(ge=16, le=1_000_000)] = 65536
+    flows_per_guest: Annotated[int, Field(ge=16, le=1_000_000)] = 32768
     udp_flows_per_guest: Annotated[int, Field(ge=16, le=1_000_000)] = 2048
     neighbors: Annotated[int, Field(ge=16, le=65536)] = 1024
     reassembly: Annotated[int, BeforeValidator(_parse_size), Field(ge=65536, le=1 << 30)] = 4 << 20

@@ -11,6 +11,7 @@ tcp_no_flow, tcp_no_route, tcp_flow_table_full, tcp_flows_of_guest, udp_bad_leng
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 from netstack.core.addresses import UNSPECIFIED4, UNSPECIFIED6, is_link_local6
@@ -139,11 +140,19 @@ class Ingress:
         neighbor = self._stack.neighbors.admit(link, mac, packet.src, now)
         if neighbor is None:
             self._counters.drop("source_not_its_own")
+            self._warn("source_not_its_own", link, "a guest sends from an address that is not its own", packet.src)
             return None
         size = packet.payload_end - packet.header_start
         if size > neighbor.mtu:
             neighbor.mtu = min(size, link.mtu)  # what it sends, it takes
         return neighbor
+
+    def _warn(self, reason: str, link: Link, message: str, address: bytes | None = None) -> None:
+        """Tell the log, at most every ten seconds for each reason and link."""
+        events = self._stack.events
+        if events is not None:
+            more = {"address": str(ip_address(address))} if address is not None else {}
+            events.warning(f"{reason} {link.name}", message, reason=reason, link=link.name, **more)
 
     def _on_fragment(self, link: Link, mac: bytes, packet: Packet, buffer: memoryview, now: float) -> None:
         whole = self._stack.reassembly.add(link, mac, packet, buffer, now)
@@ -329,6 +338,7 @@ class Ingress:
         reason = stack.flows.refusal(link)
         if reason is not None:
             self._counters.drop(reason)  # silence: the guest tries again, when flows have ended perhaps
+            self._warn(reason, link, "a guest has as many connections as it may have; further ones get no answer")
             return
         options = parse_options(buffer, segment.options_start, segment.payload_start)
         self._note_mss(neighbor, options.mss, link)

@@ -1,4 +1,4 @@
-"""Who may send what, and where it goes: spoofed sources, martian destinations, protected ports, and the drop reasons."""
+"""Who may send what, and where it goes: spoofed sources, martian destinations, protected ports, drop reasons."""
 
 from __future__ import annotations
 
@@ -463,9 +463,7 @@ def test_arp_that_claims_the_gateways_address_is_told_of_the_conflict() -> None:
     world = World()
     link = world.add_link()
     for sender in (bytes(4), GATEWAY4):
-        world.receive(
-            link, b"\xff" * 6 + GUEST_MAC + b"\x08\x06" + write_arp(1, GUEST_MAC, sender, bytes(6), GATEWAY4)
-        )
+        world.receive(link, b"\xff" * 6 + GUEST_MAC + b"\x08\x06" + write_arp(1, GUEST_MAC, sender, bytes(6), GATEWAY4))
         assert len(world.take(link)) == 1
     assert world.stack.neighbors.find(GATEWAY4) is None
 

@@ -20,14 +20,14 @@ class SlowLink(FakeLink):
     """Its frames never take the fast path."""
 
     @property
-    def macs_high(self) -> int:  # type: ignore[override]
+    def macs_high(self) -> int:
         return -1
 
     @macs_high.setter
     def macs_high(self, value: int) -> None: ...
 
     @property
-    def known_macs(self) -> set[tuple[int, int]]:  # type: ignore[override]
+    def known_macs(self) -> set[tuple[int, int]]:
         return set()
 
     @known_macs.setter

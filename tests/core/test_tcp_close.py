@@ -328,7 +328,7 @@ def test_shutdown_of_a_host_that_is_gone_resets_the_guest() -> None:
 
 
 def test_a_broken_host_does_not_keep_us_awake_while_the_guest_has_no_room() -> None:
-    """FAILED and HUNG_UP are always reported, so the socket leaves the poller until the guest has room (no busy loop)."""
+    """FAILED and HUNG_UP are always reported: the socket leaves the poller until the guest has room (no busy loop)."""
     talk = established(scale=0, window=1000, mss=500)
     talk.host.sends(bytes(3000))
     talk.settle()

@@ -1,8 +1,9 @@
-"""Data in both directions: RFC 9293 3.4, 3.8.6.3, 3.10.7.4; RFC 5681 4.2; short writes and errors of the host's socket."""
+"""Data in both directions: RFC 9293 3.4, 3.8.6.3, 3.10.7.4; RFC 5681 4.2; short writes and errors of host sockets."""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import random
 
 import pytest
@@ -106,7 +107,7 @@ def test_several_gaps_filled_in_any_order() -> None:
         talk = established()
         data = chance.randbytes(3000)
         cuts = sorted({0, 3000, *chance.sample(range(1, 3000), 20)})
-        pieces = [(a, b) for a, b in zip(cuts, cuts[1:])]
+        pieces = [(a, b) for a, b in itertools.pairwise(cuts)]
         chance.shuffle(pieces)
         while pieces:
             batch = [pieces.pop() for _ in range(min(len(pieces), chance.randint(1, 4)))]

@@ -6,7 +6,8 @@ import errno
 
 import pytest
 from scapy.layers.inet import ICMP, IP, TCPerror
-from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6, TCPerror as TCPerror6  # noqa: I001
+from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6
+from scapy.layers.inet6 import TCPerror as TCPerror6
 from scapy.layers.l2 import Ether
 
 from netstack.core.ports import WRITABLE

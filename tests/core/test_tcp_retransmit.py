@@ -1,7 +1,8 @@
-"""Loss on the way to the guest: RFC 6298 (timer), RFC 5681 3.2 (fast retransmit), RFC 6582 (partial ACKs), RFC 9293 3.8.3."""
+"""Loss on the way to the guest: RFC 6298 (timer), RFC 5681 3.2 (fast retransmit), RFC 6582 (partial ACKs)."""
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -57,7 +58,7 @@ def test_the_timer_backs_off_and_gives_up() -> None:
                 times.append(talk.world.now)
             elif each.bits == 0x14:
                 assert (each.seq - talk.iss) & M == 1001  # type: ignore[operator]
-    gaps = [b - a for a, b in zip(times, times[1:])]
+    gaps = [b - a for a, b in itertools.pairwise(times)]
     assert gaps[:6] == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 6.4])
     assert max(gaps) == pytest.approx(60)
     assert len(gaps) == 12
@@ -291,7 +292,7 @@ def test_fin_after_a_half_close_is_retransmitted() -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_lossy_wire(seed: int) -> None:
-    """Each segment to the guest is lost one time in five, each ACK too; what arrives is what was sent, once, in order."""
+    """Each segment to the guest is lost one time in five, each ACK too; all arrives, once, in order."""
     chance = random.Random(seed)
     talk = established(mss=1000, scale=2, window=chance.choice((1000, 3000, 16_000)))
     data = chance.randbytes(40_000)

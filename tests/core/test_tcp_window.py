@@ -1,7 +1,8 @@
-"""Windows: RFC 9293 3.8.6 and its silly window syndromes, RFC 7323 2.3; what hosts and guests that do not read may cost."""
+"""Windows: RFC 9293 3.8.6 and its silly window syndromes, RFC 7323 2.3; what ends that do not read may cost."""
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -176,7 +177,7 @@ def test_a_zero_window_is_probed_with_backoff_for_ever_while_answered() -> None:
             assert (each.seq, each.data) == ((talk.flow.snd_una - 1) & M, b"")
             times.append(talk.world.now)
             talk.guest(seg("A"))
-    gaps = [b - a for a, b in zip(times, times[1:])]
+    gaps = [b - a for a, b in itertools.pairwise(times)]
     assert gaps[:5] == pytest.approx([0.4, 0.8, 1.6, 3.2, 6.4], abs=0.1)
     assert max(gaps) <= 61
     assert gaps[-1] >= 30
@@ -286,9 +287,7 @@ def test_many_guests_that_never_acknowledge_stay_within_the_budget() -> None:
     """20,000 flows of data that nobody acknowledges: bytes_in_flight, checked after each step, is bounded."""
     limits = Limits(in_flight_bytes=1 << 20)
     world = World(limits=limits, oracle=False)
-    talks = [
-        established(talk=Talk(world=world, guest_port=port), scale=7, window=60_000) for port in range(1000, 1200)
-    ]
+    talks = [established(talk=Talk(world=world, guest_port=port), scale=7, window=60_000) for port in range(1000, 1200)]
     for talk in talks:
         talk.host.sends(bytes(50_000))
     world.settle()

@@ -60,13 +60,29 @@ def probe_reset(host: str, port: str) -> dict[str, Any]:
     return {"reset": True}
 
 
+def ask(sender: socket.socket, payload: bytes) -> tuple[bytes, int]:
+    """Send a datagram, receive one; and how often we were told that it is too big for some link of the path.
+
+    Each time, the kernel has learned of a smaller MTU, and makes smaller fragments of the next one.
+    """
+    refused = 0
+    while True:
+        try:
+            sender.send(payload)
+            return sender.recv(1 << 16), refused
+        except OSError as error:
+            refused += 1
+            if error.errno != errno.EMSGSIZE or refused > 4:
+                raise
+
+
 def probe_udp(
     host: str, port: str, length: str, count: str = "1", wait: str = "5", source_port: str = "0"
 ) -> dict[str, Any]:
     """Send datagrams of the pattern one after the other, each when the answer to the last has come."""
     payload = pattern(int(length))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    lost, times, text, too_big = 0, [], "", False
+    lost, times, text, too_big = 0, [], "", 0
     with socket.socket(family, socket.SOCK_DGRAM) as sender:
         sender.bind(("", int(source_port)))
         sender.connect((host, int(port)))
@@ -74,24 +90,11 @@ def probe_udp(
         for _ in range(int(count)):
             start = time.monotonic()
             try:
-                sender.send(payload)
-            except OSError as error:
-                # An earlier datagram was too big for some link of the path. Now the kernel knows, and makes fragments.
-                if error.errno != errno.EMSGSIZE:
-                    raise
-                too_big = True
-                sender.send(payload)
-            try:
-                answer = sender.recv(1 << 16)
+                answer, refused = ask(sender, payload)
             except TimeoutError:
                 lost += 1
                 continue
-            except OSError as error:
-                if error.errno != errno.EMSGSIZE:
-                    raise
-                too_big = True
-                sender.send(payload)
-                answer = sender.recv(1 << 16)
+            too_big += refused
             times.append(time.monotonic() - start)
             text = answer[:200].decode(errors="replace")
             if answer != payload and port == "7":
