@@ -392,8 +392,10 @@ def play(report: Report, folder: Path) -> None:
 
 
 def words_of(error: Exception) -> str:
-    """The text of an error, and its kind where the text alone says little."""
-    told = isinstance(error, StepError | GuestError | LabUnavailableError)
+    """What was expected and what came instead, for people."""
+    if isinstance(error, GuestError):
+        return f"expected this to succeed {error}"
+    told = isinstance(error, StepError | LabUnavailableError)
     return str(error) if told else f"{type(error).__name__}: {error}"
 
 

@@ -243,12 +243,11 @@ class Report:
         self.console.print(Padding(table, (0, 0, 0, MARGIN), expand=False))
 
     def _line(self, mark: str, style: str, label: str, text: object, note: str) -> None:
-        line = Table.grid(padding=(0, 1, 0, 0))
-        line.add_column(width=2, justify="right")
-        line.add_column(width=LABEL)
-        line.add_column(overflow="fold")
-        words = Text(str(text))
+        words = Text(str(text).strip())
         if note:
             words.append(f"  {note}", style="dim")
-        line.add_row(Text(mark, style=style), Text(label), words)
-        self.console.print(line)
+        before = Text.assemble((f"{mark:>2}", style), f" {label:{LABEL}} ")
+        for line in words.wrap(self.console, self.console.width - len(before)):
+            line.rstrip()
+            self.console.print(before + line)
+            before = Text(" " * len(before))

@@ -82,6 +82,10 @@ KEEPALIVE_IDLE = 300.0
 KEEPALIVE_INTERVAL = 30.0
 KEEPALIVE_PROBES = 6
 
+# How long a host that takes nothing is waited for when the guest's side has closed: Linux' tcp_fin_timeout, which it
+# grants to orphaned connections.
+LINGER = 60.0
+
 # How long the flows of a guest outlive its link: QEMU's reconnect, and netstack's own, try every few seconds.
 LINK_GRACE = 30.0
 
@@ -573,10 +577,7 @@ class TcpFlow:
             # A loss: the guest's queue overflowed or the window was too wide for it.
             self.rcv_limit = max(RCV_INITIAL, self.rcv_limit // 2)
         stack = self.stack
-        if (
-            len(queue) >= OUT_OF_ORDER_SEGMENTS
-            or len(view) > self.shares.out_of_order.room()
-        ):
+        if len(queue) >= OUT_OF_ORDER_SEGMENTS or len(view) > self.shares.out_of_order.room():
             stack.counters.drop("tcp_out_of_order_full")
             return
         at = len(queue)
@@ -732,6 +733,8 @@ class TcpFlow:
                 break
         self.to_host_bytes -= taken
         self.shares.for_host.add(-taken)
+        if queue and taken and self.state == CLOSED:
+            self._linger(now)
         if not queue:
             self.to_host = None
             if self.state == CLOSED:
@@ -804,14 +807,24 @@ class TcpFlow:
         self.ack_due = False
         if self.batch:
             self._deliver(now)
-        if not self.to_host:
+        if self.to_host:
+            self._linger(now)
+        else:
             self._drop_socket()
         stack.on_flow_closed(self, why)
+
+    def _linger(self, now: float) -> None:
+        """CLOSED, and the host has not taken all: it may go on as long as it takes something every LINGER seconds."""
+        self.rtx_at = NEVER
+        self.idle_at = now + LINGER
+        self.stack.timers.arm(self, self.idle_at)
 
     def _drop_socket(self) -> None:
         sock = self.sock
         if sock is not None:
             self.sock = None
+            if self.state == CLOSED:
+                self.stack.timers.cancel(self)
             if self.interest >= 0:
                 self.stack.poller.unregister(self.fd)
                 self.interest = -1
@@ -912,6 +925,11 @@ class TcpFlow:
 
     def on_timer(self, now: float) -> None:
         """The earlier of rtx_at and idle_at has come, or had come when it was armed."""
+        if self.state == CLOSED:  # the host takes nothing any more, see _linger
+            self.stack.counters.drop("tcp_host_stuck")
+            self._forget_to_host()
+            self._drop_socket()
+            return
         if self._link_lost:
             self._find_guest(now)
         if self.rtx_at <= now:

@@ -14,7 +14,7 @@ and not more, and leave room for other guests; the link's backlog. A flow that i
 told not to report its socket as readable, and the guest's next ACK, the link, or a timer calls `pump` again.
 
 Loss: three duplicate ACKs, or the retransmission timer (RFC 6298), resend the segment at SND.UNA; in recovery each
-partial acknowledgement resends the next one (RFC 6582), up to what had been sent when the loss was noticed.
+partial acknowledgement resends the next two (RFC 6582), up to what had been sent when the loss was noticed.
 
 A zero window is probed with an empty segment at SND.UNA - 1, as Linux does (tcp_write_wakeup): outside the guest's
 window, so it must answer with an ACK and its window (RFC 9293 3.10.7.4). RFC 9293 3.8.6.1 would send a byte of data;
@@ -314,7 +314,9 @@ def on_acked(flow: TcpFlow, now: float) -> None:
         if (una - flow.recover) & M < 0x80000000:
             flow.in_recovery = False
         else:
-            _retransmit(flow)  # a partial acknowledgement: the next hole (RFC 6582 3.2 step 3)
+            # A partial acknowledgement: the next hole (RFC 6582 3.2 step 3). Two segments, as a guest acknowledges a
+            # second one at once and waits up to 200 ms for it when there is one.
+            _retransmit(flow, 2)
 
 
 def measure_rtt(flow: TcpFlow, now: float) -> None:
@@ -413,17 +415,22 @@ def _on_window_timeout(flow: TcpFlow, now: float) -> None:
     flow.arm_retransmission(now + min(flow.rto * (1 << flow.retries), _RTO_MAXIMUM))
 
 
-def _retransmit(flow: TcpFlow) -> None:
-    """Resend one segment at SND.UNA, or FIN when only that is missing."""
+def _retransmit(flow: TcpFlow, count: int = 1) -> None:
+    """Resend the first segments from SND.UNA on, or FIN when only that is missing."""
     flow.rtt_at = 0.0
-    flow.stack.counters.tcp_retransmits += 1
     window = advertised_window(flow)
-    una = flow.snd_una
+    at = flow.snd_una
     for seq, view in flow.rtx:
-        skip = (una - seq) & M
-        if skip < len(view):
+        skip = (at - seq) & M
+        while skip < len(view):
             part = view[skip : skip + flow.mss]
-            flow.writer.send(una, flow.rcv_nxt, PSH | ACK, window, part)
-            return
+            flow.writer.send(at, flow.rcv_nxt, PSH | ACK, window, part)
+            flow.stack.counters.tcp_retransmits += 1
+            count -= 1
+            if not count:
+                return
+            skip += len(part)
+            at = (at + len(part)) & M
     if flow.fin_sent:
+        flow.stack.counters.tcp_retransmits += 1
         flow.writer.send((flow.snd_nxt - 1) & M, flow.rcv_nxt, FIN | ACK, window)

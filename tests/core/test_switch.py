@@ -154,7 +154,6 @@ def test_one_link_has_nobody_to_send_to() -> None:
 
 def test_what_is_not_ip_is_switched_too(bench: Bench) -> None:
     """Guests speak to each other whatever they like."""
-    bench.world.oracle = False
     frame = OTHER_MAC + GUEST_MAC + b"\x88\xcc" + bytes(50)
     bench.world.receive(bench.one, frame)
     assert bench.heard() == [[], [frame], [frame]]

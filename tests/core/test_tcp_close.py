@@ -343,3 +343,23 @@ def test_a_broken_host_does_not_keep_us_awake_while_the_guest_has_no_room() -> N
         got += sum(len(each.data) for each in talk.received())
     assert got == 3000
     assert talk.state == "FIN_WAIT_1"
+
+
+def test_a_host_that_takes_nothing_is_given_up_after_the_guest_closed() -> None:
+    """The guest is done; its last bytes wait for a host that does not read. After LINGER the socket is closed."""
+    talk = established()
+    talk.host.room = 0
+    talk.guest(seg("A", data=b"the last words"))
+    talk.received()
+    talk.guest(seg("FA", seq=15))
+    talk.host.closes()
+    talk.settle()
+    talk.received()
+    talk.guest(seg("A", seq=16, ack=2))
+    assert talk.state == "CLOSED"
+    assert not talk.host.closed
+    talk.wait(59)
+    assert not talk.host.closed
+    talk.wait(2)
+    assert talk.host.closed
+    assert talk.world.stack.bytes_for_host == 0

@@ -128,16 +128,16 @@ def test_a_guest_slower_than_the_timer_does_not_get_everything_twice() -> None:
     assert talk.flow.rto > 0.5
 
 
-def test_after_a_timeout_each_partial_ack_brings_the_next_segment() -> None:
-    """RFC 6582 3.2 step 3, after RFC 6298: the whole flight was lost."""
+def test_after_a_timeout_each_partial_ack_brings_the_next_two_segments() -> None:
+    """RFC 6582 3.2 step 3, after RFC 6298: the whole flight was lost. Two, so that the guest does not delay its ACK."""
     talk = established(mss=1000)
     data = _sent(talk, 5000)
     talk.at(0.2)
     got = {1: talk.expect(seg("PA", seq=1))[0].data}
-    for ack in (1001, 2001, 3001, 4001):
+    for ack in (1001, 3001):
         talk.guest(seg("A", ack=ack))
-        (each,) = talk.expect(seg("PA", seq=ack))
-        got[ack] = each.data
+        for each in talk.expect(seg("PA", seq=ack), seg("PA", seq=ack + 1000)):
+            got[each.seq] = each.data
     talk.guest(seg("A", ack=5001))
     talk.silence()
     assert b"".join(got[at] for at in sorted(got)) == data
@@ -215,7 +215,7 @@ def test_several_losses_in_one_flight() -> None:
     talk.guest(*[seg("A", ack=2001)] * 4)
     talk.expect(seg("PA", seq=2001))
     talk.guest(seg("A", ack=5001))
-    talk.expect(seg("PA", seq=5001))
+    talk.expect(seg("PA", seq=5001), seg("PA", seq=6001))
     talk.guest(seg("A", ack=9001))
     talk.expect(seg("PA", seq=9001))
     talk.guest(seg("A", ack=10_001))
@@ -269,9 +269,7 @@ def test_fin_is_retransmitted_behind_the_data() -> None:
     talk.at(0.2)
     talk.expect(seg("PA", seq=1))
     talk.guest(seg("A", ack=1001))
-    talk.expect(seg("PA", seq=1001))
-    talk.guest(seg("A", ack=2001))
-    talk.expect(seg("FA", seq=2001))
+    talk.expect(seg("PA", seq=1001), seg("FA", seq=2001))
     talk.guest(seg("A", ack=2002))
     assert talk.state == "FIN_WAIT_2"
 

@@ -222,6 +222,8 @@ class Guest:
         self._counter += 1
         marker = f"LAB-END-{self._counter}-"
         line = f"timeout {max(1, round(timeout))} /bin/sh -c {shlex.quote(command)} </dev/null 2>&1; echo {marker}$?\n"
+        if "\n" in command:
+            raise ValueError("a command is one line: the guest's shell reads line by line")
         if len(line) > LONGEST_COMMAND:
             raise ValueError(f"a command of {len(line)} bytes is longer than the serial line takes; use write_file()")
         self._log(f"$ {command}\n")
