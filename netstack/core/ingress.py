@@ -73,6 +73,7 @@ class Ingress:
         else:
             stack.switch.forward(link, dst, buffer, start, end, now)
             if not dst[0] & 1:
+                self._on_too_big(link, src, dst, buffer, start, end, now)
                 return  # for another guest
             if self._is_for_one_host(buffer, start, end):
                 # RFC 1122 3.3.6: sent to all on the wire, and to one host by IP: silently discarded by everybody, and
@@ -97,6 +98,27 @@ class Ingress:
         if ethertype == ETHERTYPE_IPV6 and end - start >= 54:
             return not self._addresses.is_group(bytes(buffer[start + 38 : start + 54]))
         return False
+
+    def _on_too_big(
+        self, link: Link, src: bytes, dst: bytes, buffer: memoryview, start: int, end: int, now: float
+    ) -> None:
+        """A frame for a guest whose link does not take it was dropped: say so, as a router would (RFC 1191, RFC 8201).
+
+        A switch would keep silent, and datagrams between guests of different MTU would vanish for ever.
+        """
+        out = self._stack.switch.find(dst, now)
+        size = end - start - 14
+        if out is None or out is link or size <= out.mtu or size < 20:
+            return
+        if self._stack.neighbors.admit(link, src, self._source(buffer, start), now) is not None:
+            original = buffer[start + 14 : end]
+            self._stack.send_error(link, src, None, original, icmp.TOO_BIG, out.mtu)
+
+    def _source(self, buffer: memoryview, start: int) -> bytes:
+        """The source address of what may be an IP packet; nobody's when it is none."""
+        if buffer[start + 14] >> 4 == 6:
+            return bytes(buffer[start + 22 : start + 38])
+        return bytes(buffer[start + 26 : start + 30])
 
     # ---- IP --------------------------------------------------------------------------------------------------------
 

@@ -139,6 +139,7 @@ class TcpFlow:
         "rcv_nxt",
         "rcv_shift",
         "recover",
+        "resent",
         "retries",
         "rto",
         "rtt_at",
@@ -223,7 +224,7 @@ class TcpFlow:
         self._dup_acks_due = 0
         self.dup_acks = 0
         self.in_recovery = False
-        self.recover = 0
+        self.recover = self.resent = 0
         self.srtt = self.rttvar = 0.0
         self.rto = tcp_output.RTO_INITIAL
         self.rtt_at = 0.0

@@ -302,7 +302,9 @@ def on_acked(flow: TcpFlow, now: float) -> None:
     flow.shares.in_flight.add(-freed)
     if flow.rtt_at and (una - flow.rtt_seq) & M < 0x80000000:
         measure_rtt(flow, now)
-    flow.retries = 0
+    if flow.retries:
+        _after_timeout(flow)
+        flow.retries = 0
     if una == flow.snd_nxt:
         flow.rtx_at = NEVER
         flow.in_recovery = False
@@ -319,6 +321,19 @@ def on_acked(flow: TcpFlow, now: float) -> None:
             _retransmit(flow, 2)
 
 
+def _after_timeout(flow: TcpFlow) -> None:
+    """The guest acknowledges something after a timeout that doubled the RTO: how much of that is kept?
+
+    RFC 6298 5.7 keeps it until the next measurement, for the case that the guest only took longer. But what is resent
+    is not measured, so where much is lost the RTO would stay at a minute.
+    """
+    measured = _measured_rto(flow) if flow.srtt else RTO_INITIAL
+    if flow.snd_una == flow.resent:
+        flow.rto = measured  # exactly what was resent: it had been lost
+    elif flow.rto > RTO_INITIAL:
+        flow.rto = max(RTO_INITIAL, measured)
+
+
 def measure_rtt(flow: TcpFlow, now: float) -> None:
     """RFC 6298 section 2; Karn's algorithm: rtt_at is 0 while what it timed was retransmitted."""
     if flow.rtt_at == 0.0:
@@ -331,7 +346,12 @@ def measure_rtt(flow: TcpFlow, now: float) -> None:
     else:
         flow.rttvar += (abs(flow.srtt - rtt) - flow.rttvar) / 4
         flow.srtt += (rtt - flow.srtt) / 8
-    flow.rto = min(_RTO_MAXIMUM, max(_RTO_MINIMUM, flow.srtt + 4 * flow.rttvar))
+    flow.rto = _measured_rto(flow)
+
+
+def _measured_rto(flow: TcpFlow) -> float:
+    """RFC 6298 2.2 to 2.5, with Linux' minimum."""
+    return min(_RTO_MAXIMUM, max(_RTO_MINIMUM, flow.srtt + 4 * flow.rttvar))
 
 
 def fast_retransmit(flow: TcpFlow, now: float) -> None:
@@ -375,9 +395,9 @@ def on_retransmit_timeout(flow: TcpFlow, now: float) -> None:
         send_probe(flow)  # it shrank its window over what is in flight; the segment itself would be dropped
         flow.arm_retransmission(now + min(flow.rto * (1 << flow.retries), _RTO_MAXIMUM))
     else:
-        _retransmit(flow)
-        # RFC 6298 5.5 and 5.7: the doubled RTO stays until the next measurement. Otherwise a guest that takes longer
-        # than the RTO would get everything twice for ever, because what was sent twice is not measured.
+        flow.resent = _retransmit(flow)
+        # RFC 6298 5.5 and 5.7: the doubled RTO stays (_after_timeout). Otherwise a guest that takes longer than the RTO
+        # would get everything twice for ever, because what was sent twice is not measured.
         flow.rto = min(flow.rto * 2, _RTO_MAXIMUM)
         flow.arm_retransmission(now + flow.rto)
 
@@ -415,8 +435,8 @@ def _on_window_timeout(flow: TcpFlow, now: float) -> None:
     flow.arm_retransmission(now + min(flow.rto * (1 << flow.retries), _RTO_MAXIMUM))
 
 
-def _retransmit(flow: TcpFlow, count: int = 1) -> None:
-    """Resend the first segments from SND.UNA on, or FIN when only that is missing."""
+def _retransmit(flow: TcpFlow, count: int = 1) -> int:
+    """Resend the first segments from SND.UNA on, or FIN when only that is missing; the sequence number behind them."""
     flow.rtt_at = 0.0
     window = advertised_window(flow)
     at = flow.snd_una
@@ -427,10 +447,12 @@ def _retransmit(flow: TcpFlow, count: int = 1) -> None:
             flow.writer.send(at, flow.rcv_nxt, PSH | ACK, window, part)
             flow.stack.counters.tcp_retransmits += 1
             count -= 1
-            if not count:
-                return
             skip += len(part)
             at = (at + len(part)) & M
+            if not count:
+                return at
     if flow.fin_sent:
         flow.stack.counters.tcp_retransmits += 1
         flow.writer.send((flow.snd_nxt - 1) & M, flow.rcv_nxt, FIN | ACK, window)
+        return flow.snd_nxt
+    return at

@@ -15,7 +15,6 @@ import trio
 from netstack.config import Config, parse_link_uri
 from netstack.control.log import Events, Log
 from netstack.core import lease_records
-from netstack.core.flows import Limits
 from netstack.core.leases import Lease, LeaseTable
 from netstack.core.ports import Handler
 from netstack.core.stack import Stack
@@ -23,7 +22,7 @@ from netstack.core.tcp import TcpFlow
 from netstack.gateway.links import Links
 from netstack.gateway.names import DnsService
 from netstack.gateway.services import AddressServices, build_services, wall_clock
-from netstack.gateway.settings import choose_addresses, claim_lease_file, open_capture, static_leases
+from netstack.gateway.settings import choose_addresses, choose_limits, claim_lease_file, open_capture, static_leases
 from netstack.gateway.status import statistics_of
 from netstack.host import state, subnets
 from netstack.host.poller import HostPoller
@@ -76,13 +75,7 @@ class Network:
             self.addresses,
             HostSockets(),
             self._poller,
-            limits=Limits(
-                tcp_flows=config.limits.flows,
-                tcp_flows_per_guest=config.limits.flows_per_guest,
-                udp_flows_per_guest=config.limits.udp_flows_per_guest,
-                neighbors=config.limits.neighbors,
-                reassembly_bytes=config.limits.reassembly,
-            ),
+            limits=choose_limits(config, log),
             events=events,
             secret=secrets.token_bytes(32),
             on_earlier=self._on_earlier,
@@ -162,10 +155,10 @@ class Network:
         self.log.set_level(config.log.level)
         self.leases.set_statics(static_leases(config))
         self.dns.apply(config)
-        limits = self.stack.limits
-        limits.tcp_flows = config.limits.flows
-        limits.tcp_flows_per_guest = config.limits.flows_per_guest
-        limits.udp_flows_per_guest = config.limits.udp_flows_per_guest
+        limits, wanted = self.stack.limits, choose_limits(config, self.log)
+        limits.tcp_flows = wanted.tcp_flows
+        limits.tcp_flows_per_guest = wanted.tcp_flows_per_guest
+        limits.udp_flows_per_guest = wanted.udp_flows_per_guest
         self.config = self.config.model_copy(
             update={"log": config.log, "guest": config.guest, "dns": config.dns, "limits": config.limits}
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
@@ -9,6 +10,7 @@ from netstack.config import Config, ConfigError
 from netstack.config.tables import AUTO, NetworkTable
 from netstack.control.log import Log
 from netstack.core.addresses import Addresses
+from netstack.core.flows import Limits
 from netstack.core.leases import StaticLease
 from netstack.host import state, subnets
 from netstack.host.capture import Capture
@@ -16,6 +18,10 @@ from netstack.wire.ethernet import parse_mac
 
 # 52:55 and the gateway's IPv4 address: locally administered (bit 1 of the first byte), and it names its network.
 _MAC_PREFIX = b"\x52\x55"
+
+# Descriptors that flows must leave: links (256 guests at most on one socket, but few in fact), DNS queries, the
+# API's connections, files.
+_RESERVED_DESCRIPTORS = 256
 
 
 def choose_addresses(config: Config, log: Log) -> Addresses:
@@ -80,6 +86,30 @@ def static_leases(config: Config) -> list[StaticLease]:
         )
         for guest in config.guest
     ]
+
+
+def choose_limits(config: Config, log: Log) -> Limits:
+    """The stack's limits: those of the settings, within what the process may have of descriptors.
+
+    Each flow to the host is one. A reserve is kept for links, the API and files, and no guest gets all.
+    """
+    wanted = config.limits
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if descriptors == resource.RLIM_INFINITY:
+        descriptors = 1 << 20
+    free = max(64, descriptors - _RESERVED_DESCRIPTORS)
+    udp = min(Limits().udp_flows, free // 4)
+    tcp = min(wanted.flows, free - udp)
+    if tcp < wanted.flows:
+        log.debug("connections are limited by the number of open files (ulimit -n)", flows=tcp, open_files=descriptors)
+    return Limits(
+        tcp_flows=tcp,
+        tcp_flows_per_guest=min(wanted.flows_per_guest, tcp * 3 // 4),
+        udp_flows=udp,
+        udp_flows_per_guest=min(wanted.udp_flows_per_guest, udp * 3 // 4),
+        neighbors=wanted.neighbors,
+        reassembly_bytes=wanted.reassembly,
+    )
 
 
 def claim_lease_file(config: Config, addresses: Addresses, log: Log) -> state.Claim | None:

@@ -82,12 +82,13 @@ def _guests(network: Network, now: float) -> list[dict[str, Any]]:
             entry = guests[neighbor.mac] = {
                 "name": lease.name if lease is not None else "",
                 "mac": format_mac(neighbor.mac),
-                "addresses": [],
+                "addresses": [_text(address) for address in lease.addresses(now)] if lease is not None else [],
                 "link": neighbor.link.name,
                 "mtu": 0,
                 "seen": now - neighbor.seen_at,
             }
-        entry["addresses"].append(_text(neighbor.address))
+        if _text(neighbor.address) not in entry["addresses"]:
+            entry["addresses"].append(_text(neighbor.address))
         entry["mtu"] = max(entry["mtu"], neighbor.mtu)
         entry["seen"] = round(min(entry["seen"], now - neighbor.seen_at), 3)
     return list(guests.values())

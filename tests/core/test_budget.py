@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from netstack.core.budget import Budgets, Shares
@@ -29,7 +31,7 @@ def test_one_link_gets_half(budgets: Budgets) -> None:
 
 def test_whoever_comes_later_finds_something(budgets: Budgets) -> None:
     taken = [fill(budgets.of(FakeLink())) for _ in range(5)]
-    assert all(later > 0.4 * earlier for earlier, later in zip(taken, taken[1:], strict=False))
+    assert all(later > 0.4 * earlier for earlier, later in itertools.pairwise(taken))
     assert sum(taken) == budgets.in_flight.used <= 1_000_000
 
 

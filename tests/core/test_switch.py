@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from scapy.layers.inet import ICMP
+from scapy.layers.l2 import Ether
 
 from netstack.core.switch import _AGEING, _IN_USE, _TABLE
 from tests.fakes import FakeLink
@@ -180,3 +182,17 @@ def test_the_first_frame_after_a_move_takes_the_slow_road(bench: Bench) -> None:
     bench.send(bench.two, BROADCAST, GUEST_MAC)
     assert not bench.one.known_macs
     assert THIRD_MAC not in bench.world.stack.switch.macs()
+
+
+def test_a_frame_too_big_for_the_other_link_is_answered(bench: Bench) -> None:
+    """A router would say "too big" with the smaller MTU (RFC 1191); a silent switch would make it vanish for ever."""
+    bench.send(bench.two, GUEST_MAC, OTHER_MAC)
+    bench.two.mtu = 9000
+    bench.one.mtu = 65520
+    bench.heard()
+    bench.send(bench.one, OTHER_MAC, payload=bytes(20_000))
+    ours, theirs, _ = bench.heard()
+    assert theirs == []
+    (answer,) = (Ether(frame) for frame in ours)
+    assert (answer[ICMP].type, answer[ICMP].code, answer[ICMP].nexthopmtu) == (3, 4, 9000)
+    assert bench.world.drops["frame_too_big_for_link"] == 1

@@ -34,9 +34,9 @@ WIRES = {
     "short queue": Conditions(bits_per_second=1e9, queue=64),
     "slow": Conditions(delay=0.05, bits_per_second=1e7, queue=100),
     "late": Conditions(delay=0.4),
-    "dead for 3 s": Conditions(delay=0.002, bits_per_second=1e8, dead=(0.05, 3.05)),
+    "dead for 3 s": Conditions(delay=0.002, bits_per_second=1e8, dead=(0.02, 3.02)),
 }
-SIZES = {"up": (400_000, 100), "down": (100, 400_000), "both": (200_000, 200_000)}
+SIZES = {"up": (1_500_000, 100), "down": (100, 1_500_000), "both": (750_000, 750_000)}
 MTUS = (1500, 65520)
 
 CELLS = [(wire, mtu, direction) for wire in WIRES for mtu in MTUS for direction in SIZES]
