@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import re
 import shlex
 import signal
@@ -25,9 +24,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from examples.stage import NAME, Host, Report, StepError
+from examples.stage import NAME, ROOT, Host, Report, StepError, find_missing, shown, writable
 from netstack.host.kvm import probe_kvm
-from tests.lab.guest import Guest, GuestError, find_qemu, stream_nic
+from tests.lab.guest import Guest, GuestError, stream_nic
 from tests.lab.initramfs import CACHE, LabUnavailableError, build_initramfs, find_kernel
 from tests.lab.namespaces import wait_until
 from tests.lab.netstack import Netstack
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
-ROOT = Path(__file__).resolve().parents[1]
 MAC = "52:54:00:12:34:56"
 FILE_SIZE = 16_000_000
 SECONDS = 4  # of a measurement
@@ -293,7 +291,8 @@ class Demo:
         full = "has reached its limit" in self.netstack.log
         note = f", which is the limit in {SETTINGS_NAME}" if full else ""
         self.report.fact("capture", path, megabytes(self.capture.stat().st_size) + note)
-        self.report.fact("to look at it", f"netstack pcap show {path}")
+        netstack = shown(Path(sys.executable).with_name("netstack"))
+        self.report.fact("to look at it", f"{netstack} pcap show {path}")
         self.report.fact("", f"wireshark {path}")
 
 
@@ -330,35 +329,6 @@ def run_netstack(*arguments: str) -> str:
     )
     expect(done.returncode == 0, f"status 0 of netstack {shlex.join(arguments)}, not {done.returncode}: {done.stderr}")
     return done.stdout
-
-
-def writable(folder: Path) -> Path | None:
-    """The folder, made where it is not there; None where this user may not write there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return folder if os.access(folder, os.W_OK | os.X_OK) else None
-
-
-def shown(path: Path) -> str:
-    """A path as people would type it from here."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
-
-
-def find_missing() -> list[str]:
-    """What this machine lacks for the demonstration, and how to mend it."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return [f"the demonstration needs Linux on x86-64; this is {sys.platform} on {platform.machine()}"]
-    missing = []
-    checks: tuple[Callable[[], object], ...] = (find_qemu, find_kernel)
-    for check in checks:
-        try:
-            check()
-        except LabUnavailableError as lack:
-            missing.append(str(lack))
-    return missing
 
 
 def on_terminate(number: int, _frame: FrameType | None) -> None:

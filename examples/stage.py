@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -24,11 +25,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from tests.lab.initramfs import LabUnavailableError
+from tests.lab.guest import find_qemu
+from tests.lab.initramfs import LabUnavailableError, find_kernel
 from tests.lab.namespaces import LEASH, Namespace, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Self
 
     from rich.status import Status
@@ -178,6 +180,35 @@ def can_bind(address: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def writable(folder: Path) -> Path | None:
+    """The folder, made where it is not there; None where this user may not write there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def shown(path: Path) -> str:
+    """A path as people would type it from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def find_missing() -> list[str]:
+    """What this machine lacks for the demonstration, and how to mend it."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return [f"the demonstration needs Linux on x86-64; this is {sys.platform} on {platform.machine()}"]
+    missing = []
+    checks: tuple[Callable[[], object], ...] = (find_qemu, find_kernel)
+    for check in checks:
+        try:
+            check()
+        except LabUnavailableError as lack:
+            missing.append(str(lack))
+    return missing
 
 
 class Report:

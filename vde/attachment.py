@@ -124,7 +124,8 @@ class StreamListener(Attachment):
 
     async def run(self) -> None:
         sock = self._sock
-        assert sock is not None
+        if sock is None:  # closed before it began
+            return
         try:
             while True:
                 await trio.lowlevel.wait_readable(sock)

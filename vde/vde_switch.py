@@ -97,7 +97,8 @@ class VdeSwitch(Attachment):
 
     async def run(self) -> None:
         listener = self._listener
-        assert listener is not None
+        if listener is None:  # closed before it began
+            return
         try:
             async with trio.open_nursery() as nursery:
                 while True:

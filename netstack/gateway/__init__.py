@@ -53,6 +53,19 @@ async def open_network(config: Config | None = None, *, log: Log | None = None) 
             finally:
                 network.close()
                 nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        # The nursery is ours and not the caller's: what its block raised comes out as it went in.
+        error = _unwrap(group)
+        if error is group:
+            raise
+        raise error from None
     finally:
         if network is not None:
             network.release()
+
+
+def _unwrap(error: BaseException) -> BaseException:
+    """The one exception in a group of one, of one, ...; else the group."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

@@ -57,7 +57,9 @@ def _row(wire: str, mtu: int, direction: str, result: Result) -> str:
     return f"{wire:16} {mtu:6} {direction:5} {costs}  {result.states}"
 
 
-HEAD = f"{'wire':16} {'MTU':>6} {'':5} {'seconds':>10} {'up':>6} {'down':>6} {'again':>6} {'timer':>6}  states at the end"
+HEAD = (
+    f"{'wire':16} {'MTU':>6} {'':5} {'seconds':>10} {'up':>6} {'down':>6} {'again':>6} {'timer':>6}  states at the end"
+)
 
 
 def _snapshot() -> dict[tuple[str, int, str], list[float]]:

@@ -79,7 +79,7 @@ ACTIONS = (
 )
 @settings(max_examples=40)
 def test_nothing_grows_beyond_its_limit(actions: list[tuple[str, int, int]], damaged: list[bytes]) -> None:
-    """One guest does everything that costs memory, in any order; another one opens and closes connections throughout."""
+    """One guest does everything that costs memory, in any order; another one works on throughout."""
     world = World(limits=_copy(SMALL), oracle=False)
     world.add_services()
     link, other = world.add_link("one", mtu=9000), world.add_link("two")

@@ -6,6 +6,7 @@ World.check() holds the invariants after each step, and scapy judges every frame
 from __future__ import annotations
 
 import errno
+import itertools
 from typing import Any
 
 import pytest
@@ -278,7 +279,7 @@ def test_split_anywhere_is_whole(stream_and_pieces: tuple[bytes, list[bytes]]) -
 def test_a_stream_of_anything(data: bytes, cuts: list[int]) -> None:
     """A wrong length ends the link and nothing else."""
     borders = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
-    pieces = [data[a:b] for a, b in zip(borders, borders[1:], strict=False) if a < b]
+    pieces = [data[a:b] for a, b in itertools.pairwise(borders) if a < b]
     frames, why = _read(pieces)
     at = 0
     for frame in frames:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from scapy.layers.dhcp import BOOTP, DHCP
 from scapy.layers.dhcp6 import (
+    DUID_LL,
     DHCP6_Request,
     DHCP6_Solicit,
     DHCP6OptClientId,
@@ -12,7 +13,6 @@ from scapy.layers.dhcp6 import (
     DHCP6OptIA_NA,
     DHCP6OptOptReq,
     DHCP6OptServerId,
-    DUID_LL,
 )
 from scapy.layers.dns import DNS, DNSQR
 from scapy.layers.inet import ICMP, IP, TCP, UDP, fragment
@@ -129,7 +129,7 @@ _FIELDS = tuple(range(12, 60))
 
 @st.composite
 def damaged_frames(draw: st.DrawFn) -> bytes:
-    """A frame of real traffic: some bytes changed, cut short, or with something behind it, or with a piece of another."""
+    """A frame of real traffic: bytes changed, cut short, with something behind it, or with a piece of another."""
     frame = bytearray(draw(st.sampled_from(FRAMES)))
     for at in draw(st.lists(st.sampled_from(_FIELDS) | st.integers(0, len(frame) - 1), max_size=3)):
         if at < len(frame):

@@ -1,0 +1,170 @@
+"""Guests that take all they can get: connections by the thousand, descriptors to the last one, hosts that never answer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+
+from tests.lab.namespaces import BLACKHOLE4, BLACKHOLE6, HOST4, HOST6, ROOT, TapNamespace, output_of, wait_until
+from tests.netns.net import MEGABYTE, Echo, connect, errors_of, family_of, listen, memory_settles, open_socket, port_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.netns.net import Net
+
+pytestmark = [pytest.mark.needs("root", "netns", "tun", "ip"), pytest.mark.timeout(120), pytest.mark.slow]
+
+# What one guest opens in all, and the descriptors that netstack may have when it is to run out of them.
+MANY = 20_000
+FEW_FILES = 3_000
+
+
+class Hoarder:
+    """tests/netns/many.py in a guest."""
+
+    def __init__(self, guest: TapNamespace) -> None:
+        self._process = guest.popen(
+            sys.executable, "-m", "tests.netns.many", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        self.files: int = self._answer()["files"]
+
+    def _answer(self) -> dict[str, int]:
+        found: dict[str, int] = json.loads(output_of(self._process).readline())
+        return found
+
+    def do(self, *words: object) -> dict[str, int]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(" ".join(str(word) for word in words) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@pytest.fixture(scope="module")
+def crowd(net: Net, guest: TapNamespace) -> Iterator[socket.socket]:
+    """A host's listener that takes any number of connections, without a descriptor for any of them."""
+    net.host.set_sysctl("net/core/somaxconn", 65535)
+    for namespace in (net.host, guest):
+        namespace.set_sysctl("net/ipv4/ip_local_port_range", "1024 65535")
+    with listen(net.host, HOST4, backlog=65535) as listener:
+        yield listener
+
+
+def flows(net: Net) -> int:
+    found: int = net.status()["flows"]["tcp"]
+    return found
+
+
+# ---- hosts that do not answer ----
+
+
+@pytest.mark.parametrize(("hole", "good"), ((BLACKHOLE4, HOST4), (BLACKHOLE6, HOST6)), ids=("ipv4", "ipv6"))
+def test_two_hundred_connects_to_a_black_hole_hold_nobody_up(
+    net: Net, guest: TapNamespace, other: TapNamespace, hole: str, good: str
+) -> None:
+    before = flows(net)
+    with contextlib.ExitStack() as stack:
+        attempts = [stack.enter_context(open_socket(guest, family_of(hole))) for _ in range(200)]
+        for number, sock in enumerate(attempts):
+            sock.setblocking(False)
+            sock.connect_ex((hole, 1000 + number))
+        wait_until(lambda: flows(net) >= before + 200, "netstack to try all of them")
+        listener = stack.enter_context(listen(net.host, good))
+        for namespace in (guest, other):
+            times = []
+            for _ in range(9):
+                start = time.monotonic()
+                with connect(namespace, good, port_of(listener)):
+                    times.append(time.monotonic() - start)
+            assert sorted(times)[4] < 0.1, times
+        assert not any(errors_of(attempts)), "a black hole is a black hole, not a refusal"
+
+
+# ---- descriptors ----
+
+
+def test_a_guest_that_opens_all_it_can(
+    net: Net, guest: TapNamespace, other: TapNamespace, crowd: socket.socket
+) -> None:
+    """It gets many, the rest is refused, and somebody else still gets what he asks for."""
+    before = flows(net)
+    with contextlib.ExitStack() as stack:
+        hoarders = [stack.enter_context(Hoarder(guest)) for _ in range(2)]
+        got = [hoarder.do("open", HOST4, port_of(crowd), MANY // 2) for hoarder in hoarders]
+        opened = sum(answer["open"] for answer in got)
+        refused = sum(answer.get("ECONNREFUSED", 0) for answer in got)
+        print("opened", opened, "refused", refused, "memory", net.netstack.memory() >> 20, "MiB")
+        assert opened + refused == MANY, got
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        assert opened > min(MANY, files // 3), got
+        assert net.netstack.memory() < 200 * MEGABYTE
+        for address in (HOST4, HOST6):
+            with Echo(net, other, address) as echo:
+                assert echo.median() < 0.1
+        assert other.probe("dns", "192.168.5.3", "gateway.netstack.internal", "A")["code"] == 0
+        with net.guest(2) as late, Echo(net, late, HOST4) as echo:
+            assert echo.median() < 0.1, "somebody who comes now is served too"
+        for hoarder in hoarders:
+            hoarder.do("close")
+        reset_backlog(crowd)
+        # The host's ends are still open: only now, as it closes them, the flows come to an end.
+        wait_until(lambda: flows(net) <= before + 10, "the flows to end", 30)
+    for namespace in (guest, other):
+        with Echo(net, namespace, HOST4) as echo:
+            assert echo.median() < 0.1
+    memory_settles(net, 200 * MEGABYTE, "after it all")
+
+
+def reset_backlog(listener: socket.socket) -> None:
+    """Close what waits to be accepted."""
+    listener.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            listener.accept()[0].close()
+
+
+def test_out_of_descriptors(net: Net, guest: TapNamespace, other: TapNamespace, crowd: socket.socket) -> None:
+    """No descriptor is left: what is open goes on, the rest is refused with a word in the log; and all is well after."""
+    assert net.netstack.process is not None
+    pid = net.netstack.process.pid
+    wait_until(lambda: flows(net) < 50, "the flows of other tests to end", 30)
+    usual = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    with Hoarder(guest) as hoarder, Echo(net, other, HOST4) as echo:
+        # The soft limit alone: the hard one could not be raised again by everybody.
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (FEW_FILES, usual[1]))
+        try:
+            got = hoarder.do("open", HOST4, port_of(crowd), FEW_FILES + 500)
+            assert got["open"] > FEW_FILES - 200, got
+            assert got["open"] + got["ECONNREFUSED"] == FEW_FILES + 500, got
+            assert echo.median() < 0.1
+            with pytest.raises(ConnectionRefusedError):
+                connect(other, HOST4, port_of(crowd))
+            assert "Too many open files" in net.netstack.log
+            closed = hoarder.do("close")
+            assert closed["closed"] == got["open"]
+            reset_backlog(crowd)
+            wait_until(lambda: flows(net) < 50, "the flows to end", 30)
+            with Echo(net, other, HOST4) as again:
+                assert again.median() < 0.1
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, usual)
