@@ -165,6 +165,10 @@ class StreamConnector(Attachment):
         self._host = host
         self._port = port
 
+    def _name(self) -> str:
+        """There is one guest at a time, the same one as far as we know."""
+        return self.uri
+
     async def open(self) -> None:
         """Nothing to make: the other side may come later."""
 

@@ -171,10 +171,17 @@ class VdeSwitch(Attachment):
             sock.close()
             self._factory.tell("cannot reach the plug's socket", link=self.uri, path=client, error=str(error))
             return None
-        self._ports.add(number)
         name = f"{self.uri}#{number}"
+        try:
+            link = self._vde.datagram(name, sock, VDE_MTU)
+        except OSError as error:
+            sock.close()
+            path.unlink(missing_ok=True)
+            self._factory.tell("cannot attach a guest", link=name, error=str(error))
+            return None
+        self._ports.add(number)
         self._factory.tell("plugged in", link=name, client=description)
-        return self._vde.datagram(name, sock, VDE_MTU), path
+        return link, path
 
     def _free_port(self, wanted: int) -> int | None:
         if wanted:

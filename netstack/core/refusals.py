@@ -18,3 +18,6 @@ TCP_PROBLEMS: dict[int, Problem] = {
     errno.EPERM: PROHIBITED,  # the host's packet filter
     errno.EACCES: PROHIBITED,  # a "prohibit" route
 }
+
+# The host itself has no more of what a connection takes: descriptors, memory, ports toward that peer.
+EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL))

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -42,7 +43,7 @@ from netstack.core.ingress import Ingress, Packet
 from netstack.core.neighbors import Neighbor, Neighbors
 from netstack.core.ports import Buffer, Events, Host, HostSocket, Link, Poller, TcpServiceCall, UdpService
 from netstack.core.reassembly import Reassembly, fragment
-from netstack.core.refusals import TCP_PROBLEMS
+from netstack.core.refusals import EXHAUSTED, TCP_PROBLEMS
 from netstack.core.switch import Switch
 from netstack.core.tcp import TcpFlow
 from netstack.core.tcp_output import CHUNK, POOLED_CHUNKS
@@ -507,12 +508,24 @@ class Stack:
                 sock = self.host.open_tcp(target, port)
             except OSError as failure:
                 error = failure.errno or 0
+                if error in EXHAUSTED:
+                    self._tell_exhausted(error)
         flow.take_syn(segment.seq, segment.window, options.mss, options.window_scale)
         if sock is None:
             self.refuse_tcp(flow, error, now)
             return
         self.flows.add(flow)
         flow.open_from_guest(sock)
+
+    def _tell_exhausted(self, error: int) -> None:
+        """What a guest asked for is refused for a reason that only the host's administrator can mend."""
+        self.counters.drop("tcp_host_exhausted")
+        if self.events is not None:
+            self.events.warning(
+                f"tcp_host_exhausted {error}",
+                "the host has nothing left for further connections; they are refused",
+                error=os.strerror(error),
+            )
 
     def refuse_tcp(self, flow: TcpFlow, error: int, now: float) -> None:
         """connect() failed: the guest hears what the host heard. RST for a refusal, else the ICMP error that fits."""

@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.needs("root", "netns", "tun", "ip"), pytest.mark.timeo
 # What one guest opens in all, and the descriptors that netstack may have when it is to run out of them.
 MANY = 20_000
 FEW_FILES = 3_000
+FEW_FLOWS = 450  # what may be left: two times 200 attempts to reach a black hole
 
 
 class Hoarder:
@@ -75,6 +76,19 @@ def flows(net: Net) -> int:
     return found
 
 
+def wait_few_flows(net: Net) -> None:
+    """Until what was open is not, but for what a black hole holds until the host gives up."""
+    wait_until(lambda: flows(net) < FEW_FLOWS, "the flows to end", 30)
+
+
+def reset_backlog(listener: socket.socket) -> None:
+    """Close what waits to be accepted."""
+    listener.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            listener.accept()[0].close()
+
+
 # ---- hosts that do not answer ----
 
 
@@ -106,65 +120,59 @@ def test_two_hundred_connects_to_a_black_hole_hold_nobody_up(
 def test_a_guest_that_opens_all_it_can(
     net: Net, guest: TapNamespace, other: TapNamespace, crowd: socket.socket
 ) -> None:
-    """It gets many, the rest is refused, and somebody else still gets what he asks for."""
-    before = flows(net)
+    """It gets its share, the rest gets no answer, and somebody else still gets what he asks for."""
+    limit = net.status()["flows"]["limit"]
     with contextlib.ExitStack() as stack:
+        stack.callback(reset_backlog, crowd)
         hoarders = [stack.enter_context(Hoarder(guest)) for _ in range(2)]
         got = [hoarder.do("open", HOST4, port_of(crowd), MANY // 2) for hoarder in hoarders]
         opened = sum(answer["open"] for answer in got)
-        refused = sum(answer.get("ECONNREFUSED", 0) for answer in got)
-        print("opened", opened, "refused", refused, "memory", net.netstack.memory() >> 20, "MiB")
-        assert opened + refused == MANY, got
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        assert opened > min(MANY, files // 3), got
+        assert opened + sum(answer.get("waiting", 0) for answer in got) == MANY, got
+        assert opened > min(MANY, limit // 2), got
+        if opened < MANY:
+            assert net.drops("tcp_flows_of_guest") > 0
         assert net.netstack.memory() < 200 * MEGABYTE
         for address in (HOST4, HOST6):
             with Echo(net, other, address) as echo:
                 assert echo.median() < 0.1
-        assert other.probe("dns", "192.168.5.3", "gateway.netstack.internal", "A")["code"] == 0
         with net.guest(2) as late, Echo(net, late, HOST4) as echo:
             assert echo.median() < 0.1, "somebody who comes now is served too"
         for hoarder in hoarders:
             hoarder.do("close")
-        reset_backlog(crowd)
-        # The host's ends are still open: only now, as it closes them, the flows come to an end.
-        wait_until(lambda: flows(net) <= before + 10, "the flows to end", 30)
+    wait_few_flows(net)
     for namespace in (guest, other):
         with Echo(net, namespace, HOST4) as echo:
             assert echo.median() < 0.1
     memory_settles(net, 200 * MEGABYTE, "after it all")
 
 
-def reset_backlog(listener: socket.socket) -> None:
-    """Close what waits to be accepted."""
-    listener.setblocking(False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            listener.accept()[0].close()
-
-
 def test_out_of_descriptors(net: Net, guest: TapNamespace, other: TapNamespace, crowd: socket.socket) -> None:
     """No descriptor is left: what is open goes on, the rest is refused with a word in the log; and all is well after."""
     assert net.netstack.process is not None
     pid = net.netstack.process.pid
-    wait_until(lambda: flows(net) < 50, "the flows of other tests to end", 30)
+    wait_few_flows(net)
     usual = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    with Hoarder(guest) as hoarder, Echo(net, other, HOST4) as echo:
-        # The soft limit alone: the hard one could not be raised again by everybody.
+    count = FEW_FILES + 500
+    with contextlib.ExitStack() as stack:
+        stack.callback(reset_backlog, crowd)
+        hoarder = stack.enter_context(Hoarder(guest))
+        echo = stack.enter_context(Echo(net, other, HOST4))
+        # The soft limit alone: not everybody could raise the hard one again.
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (FEW_FILES, usual[1]))
-        try:
-            got = hoarder.do("open", HOST4, port_of(crowd), FEW_FILES + 500)
-            assert got["open"] > FEW_FILES - 200, got
-            assert got["open"] + got["ECONNREFUSED"] == FEW_FILES + 500, got
-            assert echo.median() < 0.1
-            with pytest.raises(ConnectionRefusedError):
-                connect(other, HOST4, port_of(crowd))
-            assert "Too many open files" in net.netstack.log
-            closed = hoarder.do("close")
-            assert closed["closed"] == got["open"]
+        stack.callback(resource.prlimit, pid, resource.RLIMIT_NOFILE, usual)
+        got = hoarder.do("open", HOST4, port_of(crowd), count)
+        assert got["open"] > FEW_FILES // 2, got
+        assert got["open"] + got["ECONNREFUSED"] == count, got
+        assert echo.median() < 0.1
+        with pytest.raises(ConnectionRefusedError):
+            connect(other, HOST4, port_of(crowd))
+        warnings = [line for line in net.netstack.log.splitlines() if "Too many open files" in line]
+        assert 1 <= len(warnings) < 20, "it is said, and not for each"
+        # A guest that comes now waits until there is a descriptor for its link.
+        with net.plug() as newcomer:
+            assert hoarder.do("close")["closed"] == got["open"]
             reset_backlog(crowd)
-            wait_until(lambda: flows(net) < 50, "the flows to end", 30)
+            wait_few_flows(net)
             with Echo(net, other, HOST4) as again:
                 assert again.median() < 0.1
-        finally:
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, usual)
+            assert newcomer.recv(4) != b"", "netstack has something to say to it"
