@@ -79,6 +79,19 @@ class Figures:
         samples = self.samples.get(key, {}).get(peer)
         return statistics.median(samples) if samples else None
 
+    def ratio(self, key: str, peer: str, other: str) -> float | None:
+        """How many times `other`'s figure `peer`'s is: the median of the ratios round by round.
+
+        A shared machine is fast for a while and slow for a while (a round trip of the same program took 66 us and then
+        136 us). Both peers of one round saw the same moment, so their ratio is steadier than that of two medians.
+        """
+        ours, theirs = self.samples.get(key, {}).get(peer), self.samples.get(key, {}).get(other)
+        if not ours or not theirs or not statistics.median(theirs):
+            return None
+        if len(ours) == len(theirs) and all(theirs):
+            return statistics.median(one / another for one, another in zip(ours, theirs, strict=True))
+        return statistics.median(ours) / statistics.median(theirs)
+
     def peers(self) -> list[str]:
         """All peers with a figure, in the order of their columns."""
         return order_peers(peer for by_peer in self.samples.values() for peer in by_peer)

@@ -61,8 +61,8 @@ def _cell(figures: Figures, metric: Metric, peer: str) -> str:
 
 
 def _ratio(figures: Figures, metric: Metric, subject: str, peer: str) -> str:
-    ours, theirs = figures.median(metric.key, subject), figures.median(metric.key, peer)
-    return f"{ours / theirs:.2f}" if ours is not None and theirs else ""
+    ratio = figures.ratio(metric.key, subject, peer)
+    return f"{ratio:.2f}" if ratio is not None else ""
 
 
 def _verdict(verdict: Verdict) -> str:
@@ -147,6 +147,16 @@ def as_document(
                 "failures": figures.failures.get(key, {}),
             }
             for key, metric in figures.metrics.items()
+        },
+        "ratios": {
+            key: {
+                f"{subject} / {peer}": ratio
+                for subject in figures.peers()
+                if subject.startswith("netstack")
+                for peer in RATIOS_AGAINST
+                if (ratio := figures.ratio(key, subject, peer)) is not None
+            }
+            for key in figures.metrics
         },
         "targets": [
             {

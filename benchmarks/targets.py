@@ -27,7 +27,6 @@ class Target:
     against: tuple[str, ...]
     source: str
     subject: str = "netstack"
-    against_key: str | None = None  # where the figure to compare with is another metric
 
     def words(self) -> str:
         best = " or ".join(self.against)
@@ -72,14 +71,14 @@ def judge(figures: Figures) -> list[Verdict]:
     """Every target that this run has the figures for."""
     verdicts = []
     for target in TARGETS:
-        value = figures.median(target.key, target.subject)
-        if value is None:
-            continue
+        value: float | None
         if target.against:
-            others = [figures.median(target.against_key or target.key, peer) for peer in target.against]
-            present = [other for other in others if other]
-            if not present:
-                continue
-            value /= max(present) if target.at_least else min(present)
-        verdicts.append(Verdict(target, value))
+            # Against the better of several peers: the ratio that is hardest to reach.
+            ratios = [figures.ratio(target.key, target.subject, peer) for peer in target.against]
+            present = [ratio for ratio in ratios if ratio is not None]
+            value = (min(present) if target.at_least else max(present)) if present else None
+        else:
+            value = figures.median(target.key, target.subject)
+        if value is not None:
+            verdicts.append(Verdict(target, value))
     return verdicts

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 PROTOCOL_ICMP6 = 58
 _PROTOCOL_IGMP = 2
 _NO_MAC = bytes(6)
+_ARP = ETHERTYPE_ARP.to_bytes(2, "big")
+_EXTENSIONS = (0, 43, 60)  # hop-by-hop, routing, destination options: what may stand before a neighbor advertisement
+_ADVERTISEMENT = 136
 
 # RFC 4861 4 and RFC 2710/3810: router and neighbor discovery, redirect; multicast listener messages.
 _NDP = range(133, 138)
@@ -71,6 +74,12 @@ class Ingress:
             if len(link.known_macs) < 4096:
                 link.known_macs.add((link.macs_high, link.macs_low))
         else:
+            if self._speaks_for_us(buffer, start, end):
+                self._counters.drop("source_not_its_own")
+                self._warn("source_not_its_own", link, "a guest speaks to others from the gateway's address")
+                if dst[0] & 1 and buffer[start + 12 : start + 14] == _ARP:
+                    stack.neighbors.on_arp(link, src, buffer, start + 14, end, now)  # it hears of the conflict
+                return
             stack.switch.forward(link, dst, buffer, start, end, now)
             if not dst[0] & 1:
                 self._on_too_big(link, src, dst, buffer, start, end, now)
@@ -89,6 +98,37 @@ class Ingress:
             stack.neighbors.on_arp(link, src, buffer, start + 14, end, now)
         else:
             self._counters.drop("ethertype_unknown")
+
+    def _speaks_for_us(self, buffer: memoryview, start: int, end: int) -> bool:
+        """Whether a frame for other guests pretends to come from the gateway, or that we were at its MAC. Untrusted.
+
+        Their kernels believe the last word about an address (RFC 826, RFC 4861 7.2.5): one frame, and what they send
+        to the world goes to that guest.
+        """
+        own = self._addresses.own
+        size = end - start
+        ethertype = buffer[start + 12] << 8 | buffer[start + 13]
+        if ethertype == ETHERTYPE_IPV4:
+            return size >= 34 and bytes(buffer[start + 26 : start + 30]) in own
+        if ethertype == ETHERTYPE_ARP:
+            return size >= 32 and bytes(buffer[start + 28 : start + 32]) in own
+        if ethertype != ETHERTYPE_IPV6 or size < 54:
+            return False
+        if bytes(buffer[start + 22 : start + 38]) in own:
+            return True
+        at = start + 54
+        protocol = buffer[start + 20]
+        if protocol in _EXTENSIONS:
+            packet = parse_ipv6(buffer, start + 14, end)
+            if packet is None:
+                return False
+            at, protocol = packet.payload_start, packet.protocol
+        return (
+            protocol == PROTOCOL_ICMP6
+            and end - at >= 24
+            and buffer[at] == _ADVERTISEMENT
+            and bytes(buffer[at + 8 : at + 24]) in own
+        )
 
     def _is_for_one_host(self, buffer: memoryview, start: int, end: int) -> bool:
         """Whether a frame carries an IP packet whose destination is no group. Untrusted."""

@@ -114,6 +114,8 @@ def _send_handshake(flow: TcpFlow, flags: int, ack: int, *, scale: bool, now: fl
     if flags & ACK:
         flow.rcv_adv = (flow.rcv_nxt + window) & M
     flow.writer.send(flow.iss, ack, flags, window, b"", options)
+    if flow.sock is None:
+        return  # the link failed under it, and took the flow along (TcpFlow.on_link_lost)
     flow.snd_nxt = (flow.iss + 1) & M
     if flow.retries == 0:
         flow.rtt_at = now

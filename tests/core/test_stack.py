@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from netstack.core.ports import TcpServiceCall
+from netstack.core.ports import Buffer, TcpServiceCall
 from netstack.core.stack import ACK_DELAY
 from tests.fakes import FakeLink, FakeSocket
 from tests.frames import Seg, read_segment, udp_frame
@@ -198,6 +198,38 @@ def test_a_link_that_fails_while_flushed_does_not_keep_the_others_from_it() -> N
     world.end_round()
     assert world.stack.switch.links == [links[0], links[2]]
     assert len(world.take(links[2])) == 1
+
+
+class FailingLink(FakeLink):
+    """Its socket breaks when the first frame is written, which a full queue does at once."""
+
+    world: World
+    armed = False
+
+    def queue_frame(self, head: Buffer, payload: Buffer | None = None) -> None:
+        super().queue_frame(head, payload)
+        if self.armed:
+            self.armed = False
+            self.world.remove_link(self)
+
+
+def test_a_link_that_fails_under_a_syn_ack_takes_the_flow_along() -> None:
+    """The flow is gone when its segment "was sent": it must not get a timer any more (World.check)."""
+    world = World()
+    link = FailingLink()
+    link.world = world
+    world.links.append(link)
+    world.stack.add_link(link)
+    world.stack.flush()
+    world.take(link)
+    world.host.connects = False
+    talk = Talk(world=world, link=link)
+    talk.guest(seg("S", mss=1460))
+    talk.host.connected = True
+    link.armed = True
+    talk.settle()
+    assert talk.state == "CLOSED"
+    assert world.stack.next_deadline() > world.now + 1e9
 
 
 class Recorder:

@@ -163,9 +163,7 @@ class Net:
     def flows_of(self, address: str) -> list[dict[str, Any]]:
         """The flows of the guest with this address."""
         return [
-            flow
-            for flow in self.status()["flows"]["list"]
-            if flow["guest"].rpartition(":")[0].strip("[]") == address
+            flow for flow in self.status()["flows"]["list"] if flow["guest"].rpartition(":")[0].strip("[]") == address
         ]
 
     def check_alive(self) -> None:

@@ -1,4 +1,4 @@
-"""Guests that take all they can get: connections by the thousand, descriptors to the last one, hosts that never answer."""
+"""Guests that take all they can get: connections by the thousand, every descriptor, and hosts that never answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import pytest
 
@@ -147,7 +147,7 @@ def test_a_guest_that_opens_all_it_can(
 
 
 def test_out_of_descriptors(net: Net, guest: TapNamespace, other: TapNamespace, crowd: socket.socket) -> None:
-    """No descriptor is left: what is open goes on, the rest is refused with a word in the log; and all is well after."""
+    """No descriptor is left: what is open goes on, the rest is refused, the log says why; and all is well after."""
     assert net.netstack.process is not None
     pid = net.netstack.process.pid
     wait_few_flows(net)
