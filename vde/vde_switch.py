@@ -3,8 +3,8 @@
 The control protocol is that of vde_switch (vde-2 src/vde_switch/datasock.c; libvdeplug): DIR/ctl is a listening stream
 socket; a client sends one request there and keeps the connection for as long as it is plugged in.
 
-    request, native endian, packed:   u32 magic 0xfeedface | u32 version 3 | u32 type | sockaddr_un 110 | description
-    <= 128 reply:                            sockaddr_un 110, the switch's datagram socket for this port
+    request, native endian, packed: u32 magic 0xfeedface | u32 version 3 | u32 type | sockaddr_un 110 | text 0..128
+    reply:                          sockaddr_un 110, the switch's datagram socket for this port
 
     type & 0xff: 0 a port, 1 the management's port; type >> 8: the port number asked for, 0 for any
 

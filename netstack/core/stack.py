@@ -215,7 +215,7 @@ class Stack:
                                     continue
                         elif protocol == PROTOCOL_UDP and version == 0x45 and not offset & 0x3FFF:
                             path = find_path((addresses, ports))
-                            if path is not None and path.flow.link is link:
+                            if path is not None and path.flow.link is link and low == path.mac_low:
                                 # What would be SEG.SEQ are u16 length, u16 checksum.
                                 last = start + 34 + (seq >> 16)
                                 ttl = buffer[start + 22]
@@ -239,7 +239,7 @@ class Stack:
             return False
         if protocol == PROTOCOL_UDP:
             path = self.udp.paths.get((addresses, ports))
-            if path is None or path.flow.link is not link:
+            if path is None or path.flow.link is not link or low != path.mac_low:
                 return False
             hops = buffer[start + 21]
             last = start + 54 + (seq >> 16)

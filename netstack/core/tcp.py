@@ -17,8 +17,8 @@ succeeded, so that a refused port is refused and a black hole is a black hole. T
     CONNECTING --connect() ok, SYN-ACK--> SYN_RECEIVED --ACK--> ESTABLISHED
     SYN_SENT --SYN-ACK--> ESTABLISHED
     ESTABLISHED --end of file from the host, FIN--> FIN_WAIT_1 --ACK of FIN--> FIN_WAIT_2 --guest's FIN--> TIME_WAIT
-    ESTABLISHED --guest's FIN, shutdown(SHUT_WR)--> CLOSE_WAIT --end of file from the host, FIN--> LAST_ACK --ACK-->
-    CLOSED FIN_WAIT_1 --guest's FIN--> CLOSING --ACK of FIN--> TIME_WAIT
+    ESTABLISHED --guest's FIN, shutdown(SHUT_WR)--> CLOSE_WAIT --end of file from the host, FIN--> LAST_ACK --ACK--> ...
+    FIN_WAIT_1 --guest's FIN--> CLOSING --ACK of FIN--> TIME_WAIT --2 s--> CLOSED
 
 A batch: `on_segment` is called for each segment and only moves variables; `finish_batch` then writes to the host, frees
 what was acknowledged, sends what the new window allows, and decides about at most one ACK. An ACK of less than two full

@@ -277,10 +277,11 @@ class UdpFlow(DatagramFlow):
 class UdpPath:
     """One guest endpoint and one peer that it is allowed to reach: what the stack's fast path finds for a frame."""
 
-    __slots__ = ("_dst", "_port", "_target", "flow")
+    __slots__ = ("_dst", "_port", "_target", "flow", "mac_low")
 
     def __init__(self, flow: UdpFlow, dst: bytes, target: bytes, port: int) -> None:
         self.flow = flow
+        self.mac_low = int.from_bytes(flow.mac[2:], "big")  # as the fast path has it at hand (Stack._receive)
         self._dst = dst
         self._target = target
         self._port = port

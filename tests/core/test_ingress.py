@@ -229,6 +229,10 @@ def test_another_mac_on_the_same_link_is_dropped_and_counted(ipv6: bool) -> None
     world.receive(link, forged.frame(seg("PA", data=b"forged")))
     talk.host.takes(b"")
     assert world.drops["source_not_its_own"] == 1
+    for mac, payload in ((GUEST_MAC, b"a real question"),) * 2 + ((OTHER_MAC, b"a forged question"),):
+        world.receive(link, udp_frame(world.mac, mac, talk.address, talk.peer, (1000, 53), payload))
+    assert [sent.payload for sent in world.host.datagrams[0].sent] == [b"a real question"] * 2
+    assert world.drops["source_not_its_own"] == 2
 
 
 def test_flows_end_when_their_address_changes_hands() -> None:

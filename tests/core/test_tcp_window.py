@@ -10,6 +10,7 @@ import pytest
 from netstack.core.flows import Limits
 from netstack.core.ports import READABLE, WRITABLE
 from netstack.core.tcp_output import RCV_INITIAL, RCV_MAXIMUM
+from netstack.core.timers import NEVER
 from tests.script import Talk, close_wait, established, seg
 from tests.world import World
 
@@ -147,6 +148,35 @@ def test_windows_are_told_in_units_that_never_promise_more() -> None:
 
 
 # ---- the window of the guest
+
+
+def test_a_probe_timer_with_nothing_left_to_send_ends() -> None:
+    """The window opened, and what the host had was sent at once: the next deadline is only the keep-alive."""
+    talk = established(scale=0, window=1000, mss=500)
+    talk.host.sends(bytes(1500))
+    talk.settle()
+    talk.received()
+    talk.guest(seg("A", win=0))
+    talk.wait(0.1)
+    talk.guest(seg("A", win=1000))
+    talk.expect(seg("PA", seq=1001))
+    talk.guest(seg("A"))
+    talk.wait(100)
+    talk.silence()
+    assert talk.flow.rtx_at == NEVER
+
+
+def test_a_host_that_broke_while_the_window_was_closed() -> None:
+    talk = established(scale=0, window=1000, mss=500)
+    talk.host.sends(bytes(5000))
+    talk.settle()
+    talk.received()
+    talk.guest(seg("A", win=0))
+    talk.host.breaks()
+    talk.settle()
+    talk.guest(seg("A", win=1000))
+    talk.expect(seg("RA", seq=1001))
+    assert talk.state == "CLOSED"
 
 
 def test_data_waits_for_the_guests_window_and_goes_when_it_opens() -> None:
