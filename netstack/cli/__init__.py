@@ -7,6 +7,7 @@ a bug in netstack shows a traceback.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,6 +78,29 @@ def _netstack(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return _run(given)
+    finally:
+        _give_up_closed_streams()
+
+
+def _give_up_closed_streams() -> None:
+    """Lines that nobody reads must not become the exit status: at its end Python flushes, and fails with 120."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None:  # closed before we began
+            continue
+        try:
+            stream.flush()
+        except OSError:
+            # What is left in the buffer goes nowhere, without an error.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+        except ValueError:  # closed by somebody
+            continue
+
+
+def _run(given: Sequence[str]) -> int:
     try:
         status = typer.main.get_command(app).main(given, prog_name="netstack", standalone_mode=False)
     except SystemExit as error:  # typer's answer to a closed pipe

@@ -117,12 +117,16 @@ class Lab:
     def kernel_guest(self, number: int = 0, *, mtu: int = 65520) -> TapNamespace:
         """A namespace as a guest, at the socket: its kernel has the addresses that guest `number` would lease."""
         guest = self.stack.enter_context(TapNamespace(self.socket, inside=self.world.host, mtu=mtu, mac=MACS[number]))
+        self.set_addresses(guest, number)
+        return guest
+
+    def set_addresses(self, guest: TapNamespace, number: int) -> None:
+        """Give a kernel's tap the addresses of guest `number`, and the routes."""
         guest.set_addresses(
             f"192.168.5.{15 + number}/24",
             f"fd00:c0a8:5::{15 + number}/64",
             gateways=("192.168.5.2", "fd00:c0a8:5::2"),
         )
-        return guest
 
 
 @contextlib.contextmanager

@@ -94,6 +94,39 @@ def test_dhcp_gives_the_first_address_and_every_option(running: Running) -> None
     assert int(lease["mtu"]) == (65520 if running.kind == "stream" else 9000)
 
 
+def test_a_lease_is_renewed_and_given_back(running: Running) -> None:
+    guest = running.guest
+    guest.check("udhcpc -i eth0 -f -s /lab/udhcpc.sh -p /run/udhcpc.pid >/run/udhcpc.log 2>&1 &")
+    guest.wait_for("grep -q obtained /run/udhcpc.log")
+    guest.check("kill -USR1 $(cat /run/udhcpc.pid)")  # renew, by unicast
+    guest.wait_for("[ $(grep -c obtained /run/udhcpc.log) = 2 ]")
+    assert "sending renew to server 192.168.5.2" in guest.check("cat /run/udhcpc.log")
+    guest.check("kill -USR2 $(cat /run/udhcpc.pid)")  # release
+    guest.wait_for("grep -q released /run/udhcpc.log")
+    guest.check("kill $(cat /run/udhcpc.pid)")
+    # With -a it looks by ARP whether anybody has the address: nobody may answer for it.
+    guest.check("udhcpc -i eth0 -f -n -q -a -s /lab/udhcpc.sh")
+    assert guest.variables("/run/lease")["ip"] == FIRST4
+    guest.configure()
+
+
+@pytest.mark.needs("dhclient")
+def test_another_dhcp_client_gets_the_same(running: Running) -> None:
+    # ISC's: /bin/true for its script, because the address is set already.
+    guest = running.guest
+    guest.check("dhclient -4 -1 -sf /bin/true -lf /run/leases4 -pf /run/pid4 eth0", 40)
+    guest.check("kill $(cat /run/pid4)")
+    lease = guest.check("cat /run/leases4")
+    for line in (
+        f"fixed-address {FIRST4};",
+        f"option routers {GATEWAY4};",
+        f"option domain-name-servers {DNS4};",
+        f"option interface-mtu {running.lease['mtu']};",
+        "option broadcast-address 192.168.5.255;",
+    ):
+        assert line in lease
+
+
 def test_the_interface_has_what_the_lease_says(running: Running) -> None:
     assert f"mtu {running.lease['mtu']} " in running.guest.check("ip link show dev eth0")
     assert f"default via {GATEWAY4} dev eth0" in running.guest.check("ip route")

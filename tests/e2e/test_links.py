@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import subprocess
 import time
@@ -13,9 +14,11 @@ from tests.e2e.conftest import MACS, Lab
 from tests.lab.guest import Nic, stream_nic, vde_nic
 from tests.lab.ipxe import Ipxe
 from tests.lab.namespaces import HOST4, wait_until
+from tests.lab.rootfs.pattern import pattern_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from tests.lab.netstack import Netstack
 
@@ -84,6 +87,34 @@ def test_two_links_are_one_network(lab: Lab) -> None:
         assert "192.168.5.15" in found[MACS[0]]["addresses"]
         assert "192.168.5.16" in found[MACS[1]]["addresses"]
         assert found[MACS[0]]["link"] != found[MACS[1]]["link"]
+
+
+def test_a_guest_hears_that_a_packet_is_too_big_for_the_others_link(lab: Lab) -> None:
+    with (
+        lab.netstack([f"unix://{lab.socket}", f"vde://{lab.switch}"]),
+        Ipxe(vde_nic(lab.switch, MACS[0]), lab.folder) as ipxe,
+    ):
+        assert ipxe.run("dhcp", 60).endswith("ok")
+        kernel = lab.kernel_guest(1)
+        # Its own MTU is 65,520, and that of a VDE switch 9,000.
+        output = kernel.run("ping", "-c", "1", "-W", "2", "-M", "do", "-s", "20000", "192.168.5.15", check=False).stdout
+        assert "mtu = 9000" in output or "mtu=9000" in output
+
+
+def test_a_guest_that_comes_back_goes_on_where_it_was(lab: Lab, tmp_path: Path) -> None:
+    with lab.netstack([f"unix://{lab.socket}"]):
+        guest = lab.kernel_guest()
+        # It only receives: whatever it is to get on its new connection, netstack has to send by itself.
+        got = tmp_path / "got"
+        words = ("curl", "-s", "-S", "--limit-rate", "4M", "-o", got, f"http://{HOST4}/bytes/12000000")
+        download = guest.popen(*words, stderr=subprocess.PIPE, text=True)
+        wait_until(lambda: got.exists() and got.stat().st_size > 1_000_000, "the download to be on its way")
+        guest.unplug()
+        guest.plug_in()
+        lab.set_addresses(guest, 0)
+        _, errors = download.communicate(timeout=60)
+        assert (download.returncode, errors) == (0, "")
+        assert hashlib.sha256(got.read_bytes()).hexdigest() == pattern_digest(12_000_000)
 
 
 def test_a_frame_of_a_bad_length_ends_that_link_alone(lab: Lab) -> None:

@@ -257,19 +257,31 @@ class TapNamespace(Namespace):
         """Make it, with a tap of the given name, MTU and MAC connected to the unix stream socket `connect`."""
         super().__init__("guest", inside)
         self.tap = tap
-        words = ["--tap", tap, "--mtu", str(mtu), "--connect", str(connect), "--timeout", str(timeout)]
+        self._words = ["--tap", tap, "--mtu", str(mtu), "--connect", str(connect), "--timeout", str(timeout)]
         if mac is not None:
-            words += ["--mac", mac]
+            self._words += ["--mac", mac]
         try:
-            self.relay = self.popen(
-                sys.executable, RELAY, *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-            if output_of(self.relay).readline() != "ready\n":
-                _, errors = self.relay.communicate(timeout=5)
-                raise RuntimeError(f"the relay did not start: {errors.strip()}")
+            self.plug_in()
         except BaseException:
             super().close()
             raise
+
+    def plug_in(self) -> None:
+        """Make the tap and connect it."""
+        self.relay = self.popen(
+            sys.executable, RELAY, *self._words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        if output_of(self.relay).readline() != "ready\n":
+            _, errors = self.relay.communicate(timeout=5)
+            raise RuntimeError(f"the relay did not start: {errors.strip()}")
+
+    def unplug(self) -> None:
+        """Close the connection and remove the tap, with its addresses and routes."""
+        self.relay.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.relay.wait(timeout=5)
+        self.relay.kill()
+        self.relay.communicate()
 
     def probe(self, *words: str | int, timeout: float = 30.0) -> dict[str, Any]:
         """Run one of the guests' test programs (tests/lab/rootfs/probe.py) in here; return what it found out."""
@@ -288,11 +300,7 @@ class TapNamespace(Namespace):
 
     def close(self) -> None:
         """Unplug the tap and let go of the namespace."""
-        self.relay.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.relay.wait(timeout=5)
-        self.relay.kill()
-        self.relay.communicate()
+        self.unplug()
         super().close()
 
 
