@@ -2,8 +2,7 @@
 
 QEMU's network card carries it as a ROM (Debian package ipxe-qemu), so it needs no disk and no kernel. SeaBIOS shows
 its screen on the serial port (`graphics=off`), where it is driven as a person would drive it: Ctrl-B when it offers
-its command line, then commands, typed one character after the other, because the keyboard buffer of a PC holds
-sixteen.
+its command line, then commands, typed no faster than the keyboard buffer of a PC takes them.
 
 Sources: https://ipxe.org/cmd for the commands; SeaBIOS docs, "sercon".
 """
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from tests.lab.guest import Nic
 
 PROMPT = "iPXE> "
+KEYBOARD = 12  # characters typed at once; a PC's keyboard buffer holds 15
 ESCAPES = re.compile(r"\x1b\[[0-9;?=]*[A-Za-z]|\x1bc")
 
 
@@ -102,9 +102,11 @@ class Ipxe:
 
     def run(self, command: str, timeout: float = 30.0) -> str:
         """Type a command; return what it wrote."""
-        for character in command:
-            self._serial.sendall(character.encode())
-            self.wait_text(character, 10)
+        for start in range(0, len(command), KEYBOARD):
+            piece = command[start : start + KEYBOARD]
+            self._serial.sendall(piece.encode())
+            for character in piece:  # one by one: the screen has lines of 80
+                self.wait_text(character, 10)
         self._serial.sendall(b"\r")
         output = self.wait_text(PROMPT, timeout)
         return output.replace("\r", "").strip()

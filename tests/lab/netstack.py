@@ -57,7 +57,7 @@ class Netstack:
         self._pass_fds = list(pass_fds)
         self._command = [
             *(
-                str(Path(sys.executable).with_name("python")),
+                sys.executable,
                 "-m",
                 "netstack",
                 "run",

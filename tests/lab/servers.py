@@ -287,9 +287,9 @@ class Resolver:
         if program is None:
             raise LabUnavailableError("no dnsmasq; install it with: sudo apt-get install dnsmasq-base")
         self._log = (folder / f"dnsmasq-{address}.log").open("w")
-        # Without `--user=` it would leave root, which in a user namespace of one user it cannot.
+        # With --no-daemon it stays the user that it is, as in a user namespace of one user it must.
         self._process = namespace.popen(
-            program, "--keep-in-foreground", "--conf-file=/dev/null", "--pid-file=", "--user=root", "--group=root",
+            program, "--no-daemon", "--conf-file=/dev/null", "--pid-file=",
             "--bind-interfaces", f"--listen-address={address}", "--no-resolv", "--no-hosts", "--log-facility=-",
             "--log-queries", "--local=/example.test/", "--local-ttl=60",
             f"--host-record=www.example.test,{www},{HOST6}", f"--host-record=v4only.example.test,{HOST4}",
