@@ -178,13 +178,16 @@ class Lab:
         environment: dict[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
         """Start a process that `stop` or the end of the lab ends."""
+        everything = {**os.environ, **(environment or {})}
+        # An installed program has its bytecode; without it every start would compile netstack's modules again.
+        everything.pop("PYTHONDONTWRITEBYTECODE", None)
         process = subprocess.Popen(
             namespace.command(argv),
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
             pass_fds=pass_fds,
-            env=None if environment is None else {**os.environ, **environment},
+            env=everything,
         )
         self._cleanup.callback(stop, process)
         return process
