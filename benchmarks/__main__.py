@@ -16,7 +16,15 @@ from benchmarks import load
 from benchmarks.lab import Lab, LabError
 from benchmarks.peers import Peer, Surroundings, all_peers
 from benchmarks.relay import build_relay
-from benchmarks.report import HERE, as_document, describe_machine, make_console, print_tables, write_results
+from benchmarks.report import (
+    HERE,
+    as_document,
+    describe_machine,
+    make_console,
+    print_tables,
+    write_readme,
+    write_results,
+)
 from benchmarks.suite import ALL, QUICK, Plan, Suite
 
 EXAMPLES = """examples:
@@ -130,6 +138,8 @@ def main(arguments: list[str]) -> int:
     out = options.out or HERE / "results"
     name = "latest" if whole or options.out else "partial"
     write_results(document, out / name, HERE / "history.jsonl" if options.out is None else None)
+    if whole and options.out is None:
+        write_readme(document, HERE / "README.md")
     try:
         from benchmarks.plot import write_plot
 

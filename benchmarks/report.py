@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 RATIOS_AGAINST = ("passt", "slirp4netns")
+FIGURES_BEGIN, FIGURES_END = "<!-- figures: written by a whole run -->", "<!-- end of the figures -->"
 WIDTH = 168  # columns when the output is no terminal
 
 
@@ -220,6 +221,28 @@ def write_results(document: dict[str, Any], path: Path, history: Path | None) ->
         }
         with history.open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def write_readme(document: dict[str, Any], readme: Path) -> None:
+    """Put the figures of a whole run where the README has its place for them."""
+    machine = document["machine"]
+    run = f"`{document['command']}`, {document['when'][:10]}, commit {document['commit']}, {document['rounds']} rounds"
+    where = f"{machine['cpu']}, {machine['cores']} cores (shared), {machine['memory_gib']} GiB, {machine['system']}"
+    kernel = f"Linux {machine['kernel']}, load {machine['load_at_start']} at the start"
+    lines = [
+        FIGURES_BEGIN,
+        f"{run}, {document['seconds']} s. {where}, {kernel}.",
+        f"Versions: {'; '.join(dict.fromkeys(document['versions'].values()))}.",
+        *(f"{note[0].upper()}{note[1:]}." for note in document["notes"]),
+        "",
+        as_markdown(round_figures(document)),
+        FIGURES_END,
+    ]
+    text = readme.read_text()
+    head, begin, rest = text.partition(FIGURES_BEGIN)
+    _, end, tail = rest.partition(FIGURES_END)
+    if begin and end:
+        readme.write_text(head + "\n".join(lines) + tail)
 
 
 def make_console() -> Console:

@@ -146,8 +146,7 @@ class Demo:
         )
         self.report.fact("gateway, DNS", f"{lease['router']}, {lease['dns']}")
         self.report.fact("MTU, search", f"{lease['mtu']}, {lease.get('search', '')}")
-        self.guest.wait_for("ip -6 addr show dev eth0 scope global | grep -q inet6")
-        self.guest.wait_for("! ip -6 addr show dev eth0 | grep -q tentative")
+        self.guest.wait_ipv6()
         advertised = [address for address in self.guest.addresses() if in_network6(address, self.network["subnet6"])]
         expect(bool(advertised), f"an address in {self.network['subnet6']} by router advertisement")
         self.report.fact("IPv6 address", advertised[0], "by router advertisement")

@@ -5,8 +5,9 @@ whole, is it for us or for the world), then `_on_tcp`, `_on_udp` or ICMP. What d
 under the name given here; nothing raises. Fragments go to `core.reassembly` and come back in as one packet.
 
 Reasons: ethernet_short, ethernet_bad_source, ethertype_unknown, ipv4_malformed, ipv6_malformed, source_not_its_own,
-fragment_* and reassembly_* (core.reassembly), not_forwarded (TCP to a group), protocol_unknown, tcp_malformed,
-tcp_no_flow, tcp_no_route, tcp_flow_table_full, tcp_flows_of_guest, udp_bad_length, ttl_exceeded.
+beyond_scope (RFC 4007 9), fragment_* and reassembly_* (core.reassembly), not_forwarded (TCP to a group),
+protocol_unknown, tcp_malformed, tcp_no_flow, tcp_no_route, tcp_flow_table_full, tcp_flows_of_guest, udp_bad_length,
+ttl_exceeded.
 """
 
 from __future__ import annotations
@@ -190,6 +191,11 @@ class Ingress:
             neighbor = self._admit(link, mac, packet, now)
             if neighbor is None:
                 return
+            if self._is_beyond_scope(packet):
+                self._counters.drop("beyond_scope")
+                original = buffer[packet.header_start : packet.payload_end]
+                self._stack.send_error(link, mac, None, original, icmp.BEYOND_SCOPE)
+                return
         elif packet.protocol != PROTOCOL_ICMP6:
             self._counters.drop("source_not_its_own")
             return
@@ -306,7 +312,7 @@ class Ingress:
                 self._counters.drop("udp_no_service")
                 stack.send_error(link, mac, dst, original, icmp.PORT_UNREACHABLE)
                 return
-        if packet.src in (UNSPECIFIED4, UNSPECIFIED6) or self._is_unusable(packet):
+        if packet.src in (UNSPECIFIED4, UNSPECIFIED6):
             self._counters.drop("source_not_its_own")
             return
         stack.udp.on_datagram(
@@ -394,7 +400,7 @@ class Ingress:
             original = buffer[packet.header_start : packet.payload_end]
             stack.send_error(link, mac, None, original, icmp.TTL_EXCEEDED)
             return
-        if not segment.src_port or not segment.dst_port or self._is_unusable(packet):
+        if not segment.src_port or not segment.dst_port:
             self._counters.drop("tcp_malformed")
             return
         reason = stack.flows.refusal(link)
@@ -429,6 +435,7 @@ class Ingress:
         body = write_tcp(packet.dst, packet.src, segment.dst_port, segment.src_port, seq, ack, answer, 0)
         self._stack.send_transport(link, mac, packet.dst, packet.src, PROTOCOL_TCP, body)
 
-    def _is_unusable(self, packet: Packet) -> bool:
-        """A link-local source cannot speak to the world (RFC 4291 2.5.6), only to the gateway itself."""
-        return len(packet.src) == 16 and is_link_local6(packet.src) and packet.dst not in self._addresses.own
+    def _is_beyond_scope(self, packet: Ipv6) -> bool:
+        """Whether a link-local source speaks to the world (RFC 4291 2.5.6), whose answer would have no way back."""
+        addresses = self._addresses
+        return is_link_local6(packet.src) and packet.dst not in addresses.own and not addresses.is_group(packet.dst)

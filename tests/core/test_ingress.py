@@ -284,12 +284,15 @@ def test_sources_that_no_frame_can_have(source: bytes) -> None:
 
 
 def test_a_link_local_source_speaks_only_to_the_gateway() -> None:
-    """RFC 4291 2.5.6."""
+    """RFC 4291 2.5.6; who tries to reach the world is told why it cannot be (RFC 4443 3.1)."""
     world = World()
     link = world.add_link()
     src = _packed("fe80::1234")
     world.receive(link, _syn(world, src, WORLD6))
     assert world.host.opened == []
+    assert world.drops == {"beyond_scope": 1}
+    (frame,) = link.frames
+    assert (frame[54], frame[55]) == (1, 2), "destination unreachable, beyond scope of source address"
     world.receive(link, _syn(world, src, world.stack.addresses.link_local))
     assert world.host.opened == [("tcp", bytes(15) + b"\1", 80)]
 

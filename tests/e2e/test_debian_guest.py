@@ -61,8 +61,7 @@ def running(request: pytest.FixtureRequest, machine: None) -> Iterator[Running]:
             netstack = lab.stack.enter_context(lab.netstack([lab.link(kind)]))
             guest = lab.stack.enter_context(lab.guest(kind, 0))
             lease = guest.configure()
-            guest.wait_for("ip -6 addr show dev eth0 scope global | grep -q inet6")
-            guest.wait_for("! ip -6 addr show dev eth0 | grep -q tentative")
+            guest.wait_ipv6()
             yield Running(lab, kind, netstack, guest, lease)
 
 
@@ -71,8 +70,7 @@ def second(running: Running) -> Iterator[Guest]:
     """Another guest on the same netstack, with its addresses."""
     with running.lab.guest(running.kind, 1) as guest:
         guest.configure()
-        guest.wait_for("ip -6 addr show dev eth0 scope global | grep -q inet6")
-        guest.wait_for("! ip -6 addr show dev eth0 | grep -q tentative")
+        guest.wait_ipv6()
         yield guest
 
 

@@ -193,7 +193,7 @@ def test_the_pcap_holds_all_and_tshark_finds_nothing_malformed(lab: Lab, tmp_pat
     pcap = tmp_path / "all.pcapng"
     with lab.netstack([lab.link("stream"), lab.link("vde")], "--pcap", str(pcap)), lab.guest("stream", 0) as guest:
         guest.configure()
-        guest.wait_for("ip -6 addr show dev eth0 scope global | grep -q inet6")
+        guest.wait_ipv6()
         guest.check(f"ping -c 2 -i 0.2 {FAR4}; ping -c 1 {FAR6}; traceroute -n -q 1 -m 4 {FAR4}", 60)
         assert guest.probe("dns", GATEWAY4, "big.example.test", "TXT", "tcp")["answers"]
         assert guest.probe("download", HOST4, 80, 5_000_000)["length"] == 5_000_000

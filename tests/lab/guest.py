@@ -299,6 +299,11 @@ class Guest:
         self.check(f"udhcpc -i {device} -f -n -q -t 8 -T 1 {options} -s /lab/udhcpc.sh", timeout)
         return self.variables("/run/lease")
 
+    def wait_ipv6(self, device: str = "eth0") -> None:
+        """Wait for a global IPv6 address, and until none is tentative (RFC 4862 5.4): till then none is a source."""
+        self.wait_for(f"ip -6 addr show dev {device} scope global | grep -q inet6")
+        self.wait_for(f"! ip -6 addr show dev {device} | grep -q tentative")
+
     def variables(self, path: str) -> dict[str, str]:
         """The NAME=VALUE lines of a file in the guest."""
         lines = self.check(f"cat {path}").splitlines()
