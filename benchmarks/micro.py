@@ -169,7 +169,7 @@ class Bench:
         )  # fmt: skip
         self.stack = Stack(addresses, self.host, self.poller, secret=bytes(16))
         self.link = NullLink("bench", mtu, self.poller, self.stack.receive_frames)
-        self.stack.add_link(self.link)
+        self.stack.add_link(self.link, 0.0)
         self.conversations = [Conversation(self, 10000 + i, v6=v6) for i in range(conversations)]
 
     def lay_out(self, frames: Sequence[bytes]) -> tuple[memoryview, list[int]]:

@@ -70,7 +70,7 @@ class World:
         """A link; what the gateway announces on it is taken away at once."""
         link = FakeLink(name, mtu, prefix)
         self.links.append(link)
-        self.stack.add_link(link)
+        self.stack.add_link(link, self.now)
         self.stack.flush()
         self.take(link)
         return link
@@ -198,7 +198,7 @@ class World:
         for at, _, owner in stack.timers._heap:
             if owner.heap_at == at and isinstance(owner, TcpFlow):
                 assert owner in flows | lingering, "a closed flow has a timer"
-        assert stack.flows._of_link == Counter(flow.link for flow in flows)
+        assert stack.flows._of_link == Counter(flow.link for flow in flows | lingering)
         for link in self.links:
             self._judge(link, link.frames, self._judged.get(link, 0))
             self._judged[link] = len(link.frames)

@@ -263,6 +263,8 @@ def listen_unix(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
                 raise OSError(errno.EADDRINUSE, f"{path} is in use by another process") from None
             except (ConnectionRefusedError, FileNotFoundError):
                 Path(path).unlink()
+            except OSError as error:
+                raise OSError(error.errno, f"cannot listen at {path}: {error.strerror or error}") from None
             else:
                 raise OSError(errno.EADDRINUSE, f"{path} is in use by another process")
     sock = socket.socket(socket.AF_UNIX, kind)
@@ -273,7 +275,7 @@ def listen_unix(path: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
         sock.setblocking(False)
     except OSError as error:
         sock.close()
-        raise OSError(error.errno, f"cannot listen at {path}: {error.strerror}") from None
+        raise OSError(error.errno, f"cannot listen at {path}: {error.strerror or error}") from None
     finally:
         os.umask(mask)
     return sock

@@ -195,5 +195,7 @@ class VdeSwitch(Attachment):
             self._listener = None
             with contextlib.suppress(OSError):
                 (self._directory / "ctl").unlink()
-                if self._made_directory:
-                    self._directory.rmdir()
+        # Where guests were plugged in, their ports' sockets go with their tasks, and the directory when run() ends.
+        if self._made_directory:
+            with contextlib.suppress(OSError):
+                self._directory.rmdir()

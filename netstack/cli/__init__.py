@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,26 +79,42 @@ def _netstack(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments is None and given[:1] == ["run"]:
+        # Until the network obeys signals itself, half a second from now, it has nothing to give up: a normal end.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: sys.exit(0))
+    lost: OSError | None = None
     try:
-        return _run(given)
+        status = _run(given)
     finally:
-        _give_up_closed_streams()
+        lost = _give_up_closed_streams()
+    if lost is None:
+        return status
+    say(f"netstack: standard output: {one_line(lost)}{what_to_do(lost)}")
+    return status or EXIT_FAILURE
 
 
-def _give_up_closed_streams() -> None:
-    """Lines that nobody reads must not become the exit status: at its end Python flushes, and fails with 120."""
+def _give_up_closed_streams() -> OSError | None:
+    """Lines that nobody reads must not become the exit status: at its end Python flushes, and fails with 120.
+
+    Returns why results could not be written, where somebody may have wanted them: a full disk.
+    """
+    lost = None
     for stream in (sys.stdout, sys.stderr):
         if stream is None:  # closed before we began
             continue
         try:
             stream.flush()
-        except OSError:
+        except OSError as error:
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                lost = error
             # What is left in the buffer goes nowhere, without an error.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
         except ValueError:  # closed by somebody
             continue
+    return lost
 
 
 def _run(given: Sequence[str]) -> int:

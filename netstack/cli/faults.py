@@ -27,7 +27,7 @@ def say(line: str) -> None:
     try:
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):  # AttributeError: there never was one (sys.stderr is None)
         pass
 
 
@@ -49,10 +49,12 @@ INPUT_ERRNOS = {
     errno.ELOOP,
     errno.ENAMETOOLONG,
     errno.ENOENT,
+    errno.ENOTCONN,
     errno.ENOTDIR,
     errno.ENOTSOCK,
     errno.ENXIO,
     errno.EPERM,
+    errno.EPROTOTYPE,
     errno.EROFS,
 }
 
@@ -68,11 +70,14 @@ def what_to_do(error: OSError) -> str:
         errno.EISDIR: "name a file",
         errno.EMFILE: "raise the limit of open files (netstack doctor)",
         errno.ENOENT: "make its directory first",
+        errno.ENOTCONN: "the parent must connect it",
         errno.ENOTDIR: "name another path",
         errno.ENOSPC: "make room, or take another place",
         errno.ENOTSOCK: "it must be a socket",
         errno.ENXIO: "nobody reads it",
         errno.EPERM: "take a place where you may write",
+        errno.EPROTOTYPE: "the parent must leave a stream socket open",
+        errno.EROFS: "take a place where you may write",
     }.get(error.errno or 0)
     return f"; {advice}" if advice else ""
 

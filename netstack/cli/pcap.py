@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from netstack.cli.capture_file import NANOSECONDS, CaptureError, read_capture
-from netstack.cli.faults import InputError
+from netstack.cli.faults import CommandError, InputError, what_to_do
 from netstack.cli.output import printable
 
 if TYPE_CHECKING:
@@ -55,20 +55,37 @@ def show(
                     break
                 shown += 1
                 packet = dissect(frame)
-                sys.stdout.write(_as_json(number, frame, packet) if as_json else _as_line(number, frame, packet))
+                _write(_as_json(number, frame, packet) if as_json else _as_line(number, frame, packet))
                 if verbose and not as_json:
-                    sys.stdout.write(_fields(packet))
-        sys.stdout.flush()
+                    _write(_fields(packet))
+        _write("", flush=True)
     except BrokenPipeError:
-        # The reader has seen enough (head, less). Python would complain once more when it flushes at exit.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_output()  # the reader has seen enough (head, less)
     except CaptureError as error:
         sys.stdout.flush()
         raise InputError(f"{file}: {error}") from None
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; name a pcap or pcapng file") from None
     return 0
+
+
+def _write(text: str, *, flush: bool = False) -> None:
+    """Write a result. That its disk is full is not the fault of the file that is read."""
+    try:
+        sys.stdout.write(text)
+        if flush:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _leave_output()
+        raise CommandError(f"standard output: {error.strerror}{what_to_do(error)}") from None
+
+
+def _leave_output() -> None:
+    """What is still in the buffer goes nowhere. Python would complain once more when it flushes at exit."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _load_scapy() -> Callable[[CapturedFrame], Any]:

@@ -138,17 +138,21 @@ class _Service:
         signals = Signals(self._reload)
         async with trio.open_nursery() as nursery:
             await nursery.start(signals.watch, nursery.cancel_scope)
-            async with open_network(self._config, log=self._log) as self._network, trio.open_nursery() as background:
-                listeners = listen_for_api(self._config, self._network, self._given.api.listen)
-                background.start_soon(serve_in_background, self._network, listeners, self._log)
-                try:
-                    self._tell_ready([listener.uri for listener in listeners])
-                    await signals.stop.wait()
-                finally:
-                    self._systemd.stopping()
-                    if self._pidfile is not None:
-                        self._pidfile.remove()
-                background.cancel_scope.cancel()
+            try:
+                network = open_network(self._config, log=self._log)
+                async with network as self._network, trio.open_nursery() as background:
+                    listeners = listen_for_api(self._config, self._network, self._given.api.listen)
+                    background.start_soon(serve_in_background, self._network, listeners, self._log)
+                    try:
+                        self._tell_ready([listener.uri for listener in listeners])
+                        await signals.stop.wait()
+                    finally:
+                        self._systemd.stopping()
+                    background.cancel_scope.cancel()
+            finally:
+                # Last of all: whoever waits for it to go, to start the next one, finds our sockets free.
+                if self._pidfile is not None:
+                    self._pidfile.remove()
             nursery.cancel_scope.cancel()
 
     def _tell_ready(self, api: list[str]) -> None:
@@ -180,14 +184,15 @@ class _Service:
         self._systemd.reloading()
         try:
             fresh = self._again()
+            config = fresh.for_service()
         except ConfigError as error:
             self._log.error("settings not taken over, the old ones stay", error=one_line(error))
         else:
-            left = self._network.reload(fresh.for_service())
+            left = self._network.reload(config)
             self._log.info("settings read again")
             for name in left:
                 self._log.warning("a setting cannot change while netstack runs: restart it", setting=name)
-            self._given, self._config = fresh, fresh.for_service()
+            self._given, self._config = fresh, config
         self._systemd.ready(self._summary())
 
 

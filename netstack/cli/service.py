@@ -14,7 +14,7 @@ import socket
 import time
 from pathlib import Path
 
-from netstack.cli.faults import CommandError, InputError, say
+from netstack.cli.faults import INPUT_ERRNOS, CommandError, InputError, say, what_to_do
 
 
 def raise_file_limit() -> tuple[int, int]:
@@ -56,27 +56,37 @@ class PidFile:
         self._fd = -1
         if not self._path.parent.is_dir():
             raise InputError(f"--pidfile {path}: there is no directory {self._path.parent}")
+        if self._path.is_dir():
+            raise InputError(f"--pidfile {path}: is a directory; name a file")
+        self._refuse_held()
+
+    def _refuse_held(self) -> None:
         with contextlib.suppress(OSError):
             held = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 owner = os.read(held, 32).decode(errors="replace").strip()
-                raise CommandError(f"--pidfile {path}: netstack runs already, as process {owner}") from None
+                raise CommandError(f"--pidfile {self._path}: netstack runs already, as process {owner}") from None
             finally:
                 os.close(held)
 
     def write(self) -> None:
-        """Write it. Raises CommandError."""
+        """Write it. Raises InputError or CommandError."""
+        self._refuse_held()  # again: one that was started with us may have been quicker
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
+            temporary.unlink(missing_ok=True)  # of a process that had our number and died here
             # Locked before it has its name: nobody ever sees it empty or unlocked.
-            self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(self._fd, f"{os.getpid()}\n".encode())
             temporary.replace(self._path)
         except OSError as error:
-            raise CommandError(f"--pidfile {self._path}: {error.strerror}") from None
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            kind = InputError if error.errno in INPUT_ERRNOS else CommandError
+            raise kind(f"--pidfile {self._path}: {error.strerror}{what_to_do(error)}") from None
 
     def remove(self) -> None:
         """Remove it, if it is still ours."""

@@ -68,9 +68,11 @@ def listen_for_api(config: Config, network: Network, asked_for: Sequence[str]) -
                 place = config.token_place(listener.port)
                 listener.store_token(place)
                 say(f"netstack: the API at {listener.uri} wants the token {listener.token}, also in {place}")
-    except ApiError as error:
+    except BaseException as error:
         for listener in listeners:
             listener.close()
+        if not isinstance(error, ApiError):
+            raise
         kind = InputError if error.errno in INPUT_ERRNOS else CommandError
         raise kind(str(error)) from None
     return listeners

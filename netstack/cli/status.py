@@ -36,7 +36,10 @@ def status(
     if as_json:
         print_json(state)
     else:
-        show(state)
+        try:
+            show(state)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise CommandError("what answers is not netstack, or another version: see --json for its words") from None
 
 
 def ask_api(path: str, api: str | None = None, token_file: str | None = None) -> dict[str, Any]:
@@ -50,8 +53,9 @@ def ask_api(path: str, api: str | None = None, token_file: str | None = None) ->
         place = Path(token_file) if token_file else runtime_directory() / f"api-{spec.port}.token"
         try:
             headers["authorization"] = f"Bearer {place.read_text().strip()}"
-        except OSError as error:
-            raise InputError(f"{one_line(error)}: name the API's token with --token-file") from None
+        except (OSError, ValueError) as error:  # ValueError: no text at all
+            words = one_line(error) if isinstance(error, OSError) else f"{place} holds no token"
+            raise InputError(f"{words}: name the API's token with --token-file") from None
         base = f"http://[{spec.host}]:{spec.port}" if ":" in spec.host else f"http://{spec.host}:{spec.port}"
     import httpx
 

@@ -249,10 +249,19 @@ def _read_toml(path: Path) -> tuple[str, dict[str, Any]]:
         found = re.match(r"line ([0-9]+), column ([0-9]+)", place)
         line = int(found[1]) if found else text.rstrip("\n").count("\n") + 1
         raise ConfigError(f"{path}:{line}: not TOML: {words[:1].lower()}{words[1:]}") from None
+    except (RecursionError, ValueError):
+        # Brackets in brackets without end, or a number of thousands of digits (sys.set_int_max_str_digits).
+        words = "nests too deeply, or has a number of too many digits: is it the right file?"
+        raise ConfigError(f"{path}: {words}") from None
     for table, key in _PATHS:
         entries = tables.get(table)
         if isinstance(entries, dict) and isinstance(entries.get(key), str):
-            entries[key] = path.absolute().parent / Path(entries[key]).expanduser()
+            try:
+                entries[key] = path.absolute().parent / Path(entries[key]).expanduser()
+            except RuntimeError:
+                place = f"{path}:{line_of((table, key), key_lines(text))}: {table}.{key}"
+                words = "nobody knows that home directory; write a path that begins with /"
+                raise ConfigError(f"{place}: {entries[key]}: {words}") from None
     return text, tables
 
 

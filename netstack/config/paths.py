@@ -29,11 +29,15 @@ def runtime_directory(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def state_directory(environment: Mapping[str, str] = os.environ) -> Path:
-    """The directory of what outlives a restart, such as leases. It is made by whoever writes there."""
+    """The directory of what outlives a restart, such as leases, made by whoever writes there. Raises ConfigError."""
     home = environment.get("XDG_STATE_HOME", "")
     if Path(home).is_absolute():
         return Path(home) / "netstack"
-    return Path("~").expanduser() / ".local" / "state" / "netstack"
+    try:
+        return Path("~").expanduser() / ".local" / "state" / "netstack"
+    except RuntimeError:  # a container's user without an entry in passwd, and no HOME
+        words = "no home directory to keep leases in; set HOME or XDG_STATE_HOME, or give --state-dir"
+        raise ConfigError(words) from None
 
 
 def notify_socket(environment: Mapping[str, str] = os.environ) -> str | None:

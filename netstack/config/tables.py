@@ -16,9 +16,6 @@ AUTO = "auto"
 DEFAULT_SUBNET = IPv4Network("192.168.5.0/24")
 # Places of the well-known addresses in a network (Lima's numbers, which its users' scripts contain).
 GATEWAY_OFFSET, DNS_OFFSET = 2, 3
-FIRST_GUEST_OFFSET = 15
-SMALL_NETWORK_FIRST_GUEST_OFFSET = 4  # where 15 addresses would leave the guests none: /28 and /29
-FIRST_GUEST6_OFFSET = 0x15  # so that it reads ::15, like the .15 of IPv4
 
 SMALLEST_NETWORK = 29  # /29: the network's own address, broadcast, gateway, DNS, and 4 guests
 MIN_MTU = 1280  # RFC 8200 5: what IPv6 asks of every link
@@ -165,11 +162,9 @@ class NetworkAddresses(NamedTuple):
     subnet: IPv4Network
     gateway: IPv4Address
     dns: IPv4Address
-    first_guest: IPv4Address
     subnet6: IPv6Network
     gateway6: IPv6Address
     dns6: IPv6Address
-    first_guest6: IPv6Address
 
 
 class NetworkTable(Table):
@@ -191,16 +186,13 @@ class NetworkTable(Table):
         """
         net = (subnet or DEFAULT_SUBNET) if self.subnet == AUTO else IPv4Network(self.subnet)
         net6 = (subnet6 or subnet6_beside(net)) if self.subnet6 == AUTO else IPv6Network(self.subnet6)
-        roomy = net.num_addresses > 16
         return NetworkAddresses(
             net,
             IPv4Address(self.gateway) if self.gateway else net[GATEWAY_OFFSET],
             IPv4Address(self.dns) if self.dns else net[DNS_OFFSET],
-            net[FIRST_GUEST_OFFSET if roomy else SMALL_NETWORK_FIRST_GUEST_OFFSET],
             net6,
             IPv6Address(self.gateway6) if self.gateway6 else net6[GATEWAY_OFFSET],
             IPv6Address(self.dns6) if self.dns6 else net6[DNS_OFFSET],
-            net6[FIRST_GUEST6_OFFSET],
         )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import secrets
 import socket
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
+
+from netstack.control.log import Events
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -66,23 +69,28 @@ class ApiListener:
         """Write the token where its owner's programs find it. Raises ApiError."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            # A file of our own making: one that somebody left there may be open to them.
+            temporary.unlink(missing_ok=True)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with os.fdopen(fd, "w") as file:
                 os.fchmod(fd, 0o600)
                 file.write(f"{self.token}\n")
             temporary.replace(path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise ApiError(f"cannot store the API's token in {path}: {error.strerror}", error.errno) from None
         self._own(path)
 
     def close(self) -> None:
         """Stop listening and remove the socket's and the token's file. May be called twice."""
-        self.sock.close()
+        # The file first: while the socket holds its inode, no successor's file can have the same number.
         for path, inode in self._files:
             with contextlib.suppress(OSError):
                 if path.lstat().st_ino == inode:
                     path.unlink()
         self._files.clear()
+        self.sock.close()
 
     def _own(self, path: Path) -> None:
         self._files.append((path, path.lstat().st_ino))
@@ -137,6 +145,10 @@ async def serve_api(
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer requests at all `listeners` until cancelled, then close them. The network outlives any failure in here."""
+    logger = logging.getLogger("trio.serve_listeners")
+    faults = None if log is None else _AcceptFaults(log)
+    if faults is not None:
+        logger.addFilter(faults)
     try:
         await trio.to_thread.run_sync(_import_server)
         async with trio.open_nursery() as nursery:
@@ -148,8 +160,26 @@ async def serve_api(
             raise
         log.error("the API has ended", error=repr(error))
     finally:
+        if faults is not None:
+            logger.removeFilter(faults)
         for listener in listeners:
             listener.close()
+
+
+class _AcceptFaults(logging.Filter):
+    """Takes what trio says when accept() fails for want of descriptors: ten tracebacks a second, while somebody waits.
+
+    Here they are a warning of our own, of which there is one in ten seconds (trio/_highlevel_serve_listeners.py).
+    """
+
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self._events = Events(log)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else record.getMessage()
+        self._events.warning("accept", "the API cannot accept requests", error=str(error))
+        return False
 
 
 def make_app(network: StatusSource, token: str | None, log: Log | None = None) -> ASGIApp:

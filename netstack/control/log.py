@@ -71,7 +71,10 @@ class Log:
     def warm_up(self) -> None:
         """Do now, in whatever thread this is, what the first line would otherwise wait for."""
         if self._logger is None:
-            self._logger = self._make_logger()
+            try:
+                self._logger = self._make_logger()
+            except (AttributeError, OSError, ValueError):  # the stream is closed, or None: see _write
+                self.level = sys.maxsize
 
     def _write(self, level: str, event: str, fields: dict[str, object]) -> None:
         if LEVELS[level] < self.level:
@@ -117,13 +120,16 @@ class Log:
 def escape_control_characters(logger: object, method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     r"""A structlog processor: show every character that is not printable as its escape, such as \x1b. Untrusted.
 
-    Only a traceback keeps its lines, and goes below the others'.
+    Only a traceback keeps its line ends, and goes below the other fields.
     """
     if "traceback" in line:
         line["exception"] = line.pop("traceback")
     for key, value in line.items():
-        if isinstance(value, str) and not value.isprintable() and key != "exception":
-            line[key] = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+        if isinstance(value, str) and not value.isprintable():
+            kept = "\n" if key == "exception" else ""
+            line[key] = "".join(
+                c if c.isprintable() or c == kept else c.encode("unicode_escape").decode() for c in value
+            )
     return line
 
 

@@ -136,6 +136,10 @@ class DhcpServer:
             return self._drop("dhcp_malformed")
         if message.giaddr != _NO_ADDRESS:
             return self._drop("dhcp_relayed")
+        # Who is on a link speaks for itself: another guest must not rename it, nor take its record over. A bridge
+        # inside a guest may ask for machines whose own MAC never comes here.
+        if mac != message.chaddr and self.leases.is_present(message.chaddr):
+            return self._drop("dhcp_not_its_own")
         if OPTION_MESSAGE_TYPE not in message.options:
             return self._on_bootp(message, now, link)
         kind = message.byte(OPTION_MESSAGE_TYPE)

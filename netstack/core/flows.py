@@ -38,7 +38,7 @@ class Limits:
     ping_flows: int = 256
     in_flight_bytes: int = 256 << 20  # sent to guests and not acknowledged
     for_host_bytes: int = 256 << 20  # accepted from guests and not yet taken by the host's sockets
-    out_of_order_bytes: int = 64 << 20  # of guests' segments that wait for one before them
+    out_of_order_bytes: int = 64 << 20  # of guests' segments that wait for one before them, 128 more for each
     reassembly_bytes: int = 4 << 20
     neighbors: int = 4096
     icmp_errors_per_second: int = 1000
@@ -50,6 +50,7 @@ class FlowTable:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self.tcp: dict[FlowKey, TcpFlow] = {}
+        self._lingering: set[TcpFlow] = set()  # closed, but for what the host has not taken yet: see TcpFlow._linger
         self._of_link: dict[Link, int] = {}
 
     def __len__(self) -> int:
@@ -58,14 +59,18 @@ class FlowTable:
     def __iter__(self) -> Iterator[TcpFlow]:
         return iter(list(self.tcp.values()))
 
+    def count(self, link: Link) -> int:
+        """How many flows this link's guest has, those that linger included."""
+        return self._of_link.get(link, 0)
+
     def refusal(self, link: Link) -> str | None:
         """Why no further flow of this link's guest fits, as a drop reason; None when one does.
 
         The link is the unit, because a guest can have any number of addresses, but not of links.
         """
-        if len(self.tcp) >= self._limits.tcp_flows:
+        if len(self.tcp) + len(self._lingering) >= self._limits.tcp_flows:
             return "tcp_flow_table_full"
-        if self._of_link.get(link, 0) >= self._limits.tcp_flows_per_guest:
+        if self.count(link) >= self._limits.tcp_flows_per_guest:
             return "tcp_flows_of_guest"
         return None
 
@@ -77,6 +82,17 @@ class FlowTable:
         """Take the flow out; harmless when it is not in, or when another has its key by now."""
         if self.tcp.get(flow.key) is flow:
             del self.tcp[flow.key]
+            self._leave(flow.link)
+
+    def linger(self, flow: TcpFlow) -> None:
+        """The flow leaves the table and keeps its host socket: it goes on to count, as descriptors are limited."""
+        self._lingering.add(flow)
+        self._of_link[flow.link] = self._of_link.get(flow.link, 0) + 1
+
+    def end_linger(self, flow: TcpFlow) -> None:
+        """Its socket is closed; harmless when it did not linger."""
+        if flow in self._lingering:
+            self._lingering.remove(flow)
             self._leave(flow.link)
 
     def move(self, flow: TcpFlow, link: Link) -> None:

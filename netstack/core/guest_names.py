@@ -10,14 +10,18 @@ from netstack.core.lease import Lease
 # RFC 1035 2.3.4.
 MAX_NAME: Final = 63
 
-# What no guest may be called: these names, or the peers' forms of them, are the gateway's own.
-RESERVED_NAMES: Final = frozenset({"dns", "gateway", "guest", "host", "http", "localhost", "netstack", "proxy"})
+# What no guest may be called: these names, or the peers' forms of them, are the gateway's own; and with "wpad" or
+# "isatap", which guests look for in the domains that they search, one guest would be the proxy or the router of the
+# others (the two names of the global query block list of Windows' DNS server).
+RESERVED_NAMES: Final = frozenset(
+    {"dns", "gateway", "guest", "host", "http", "isatap", "localhost", "netstack", "proxy", "wpad"}
+)
 
 
 def clean_name(raw: str | bytes) -> str:
     """Make the first label of a name fit for DNS (RFC 1123 2.1): a-z, 0-9, inner hyphens. Untrusted; may be ''."""
     text = raw.decode("latin-1") if isinstance(raw, bytes) else raw
-    label = text.partition(".")[0].partition("\0")[0][:MAX_NAME].lower()
+    label = text.partition(".")[0].partition("\0")[0].lower()[:MAX_NAME]
     cleaned = "".join(c if c.isascii() and c.isalnum() else "-" for c in label).strip("-")
     return "" if cleaned in RESERVED_NAMES else cleaned
 

@@ -35,7 +35,13 @@ _PROTOCOL_IGMP = 2
 _NO_MAC = bytes(6)
 _ARP = ETHERTYPE_ARP.to_bytes(2, "big")
 _EXTENSIONS = (0, 43, 60)  # hop-by-hop, routing, destination options: what may stand before a neighbor advertisement
+_ROUTER_ADVERTISEMENT = 134
+_SOLICITATION = 135
 _ADVERTISEMENT = 136
+_REDIRECT = 137
+# IEEE 802.1Q and 802.1ad tags. Linux takes a frame whose tags all say "no VLAN", 0, for one without
+# (net/core/dev.c: __netif_receive_skb_core), so what stands behind them counts.
+_TAGS = (0x8100, 0x88A8)
 
 # RFC 4861 4 and RFC 2710/3810: router and neighbor discovery, redirect; multicast listener messages.
 _NDP = range(133, 138)
@@ -75,9 +81,9 @@ class Ingress:
             if len(link.known_macs) < 4096:
                 link.known_macs.add((link.macs_high, link.macs_low))
         else:
-            if self._speaks_for_us(buffer, start, end):
+            if self._speaks_for_another(src, buffer, start, end):
                 self._counters.drop("source_not_its_own")
-                self._warn("source_not_its_own", link, "a guest speaks to others from the gateway's address")
+                self._warn("source_not_its_own", link, "a guest speaks to others as somebody that it is not")
                 if dst[0] & 1 and buffer[start + 12 : start + 14] == _ARP:
                     stack.neighbors.on_arp(link, src, buffer, start + 14, end, now)  # it hears of the conflict
                 return
@@ -100,36 +106,58 @@ class Ingress:
         else:
             self._counters.drop("ethertype_unknown")
 
-    def _speaks_for_us(self, buffer: memoryview, start: int, end: int) -> bool:
-        """Whether a frame for other guests pretends to come from the gateway, or that we were at its MAC. Untrusted.
+    def _speaks_for_another(self, mac: bytes, buffer: memoryview, start: int, end: int) -> bool:
+        """Whether a frame for other guests pretends to come from the gateway, or lies about who is where. Untrusted.
 
         Their kernels believe the last word about an address (RFC 826, RFC 4861 7.2.5): one frame, and what they send
-        to the world goes to that guest.
+        to the world, or to a guest that holds a lease, goes to that guest. An answer of a DHCP server, a router
+        advertisement or a redirect (RFC 2131, RFC 8415, RFC 4861) has the same effect, and in this network they are the
+        gateway's to send (RA-Guard, RFC 6105).
         """
-        own = self._addresses.own
-        size = end - start
-        ethertype = buffer[start + 12] << 8 | buffer[start + 13]
+        at = start + 12
+        ethertype = buffer[at] << 8 | buffer[at + 1]
+        while ethertype in _TAGS and end - at >= 6:
+            at += 4
+            ethertype = buffer[at] << 8 | buffer[at + 1]
+        size = end - at
         if ethertype == ETHERTYPE_IPV4:
-            return size >= 34 and bytes(buffer[start + 26 : start + 30]) in own
-        if ethertype == ETHERTYPE_ARP:
-            return size >= 32 and bytes(buffer[start + 28 : start + 32]) in own
-        if ethertype != ETHERTYPE_IPV6 or size < 54:
-            return False
-        if bytes(buffer[start + 22 : start + 38]) in own:
-            return True
-        at = start + 54
-        protocol = buffer[start + 20]
-        if protocol in _EXTENSIONS:
-            packet = parse_ipv6(buffer, start + 14, end)
-            if packet is None:
+            if size < 22:
                 return False
-            at, protocol = packet.payload_start, packet.protocol
-        return (
-            protocol == PROTOCOL_ICMP6
-            and end - at >= 24
-            and buffer[at] == _ADVERTISEMENT
-            and bytes(buffer[at + 8 : at + 24]) in own
-        )
+            ports = at + 2 + ((buffer[at + 2] & 15) << 2)
+            return bytes(buffer[at + 14 : at + 18]) in self._addresses.own or (
+                buffer[at + 11] == PROTOCOL_UDP
+                and end - ports >= 2
+                and not (buffer[at + 8] << 8 | buffer[at + 9]) & 0x1FFF
+                and buffer[ports] << 8 | buffer[ports + 1] == DHCP_SERVER
+            )
+        if ethertype == ETHERTYPE_ARP:
+            return size >= 20 and self._is_anothers(bytes(buffer[at + 16 : at + 20]), mac)
+        if ethertype != ETHERTYPE_IPV6 or size < 42:
+            return False
+        src = bytes(buffer[at + 10 : at + 26])
+        if src in self._addresses.own:
+            return True
+        body = at + 42
+        protocol = buffer[at + 8]
+        if protocol in _EXTENSIONS:
+            packet = parse_ipv6(buffer, at + 2, end)
+            if packet is None:
+                return True  # we do not know what it says; others may read more headers than we do
+            body, protocol = packet.payload_start, packet.protocol
+        if protocol == PROTOCOL_UDP and end - body >= 2:
+            return buffer[body] << 8 | buffer[body + 1] == DHCPV6_SERVER
+        if protocol != PROTOCOL_ICMP6 or end - body < 1:
+            return False
+        if buffer[body] in (_ROUTER_ADVERTISEMENT, _REDIRECT):
+            return True
+        if buffer[body] not in (_SOLICITATION, _ADVERTISEMENT) or end - body < 24:
+            return False
+        about = bytes(buffer[body + 8 : body + 24]) if buffer[body] == _ADVERTISEMENT else src
+        return self._is_anothers(about, mac)
+
+    def _is_anothers(self, address: bytes, mac: bytes) -> bool:
+        """Whether an address is the gateway's, or leased to another MAC."""
+        return address in self._addresses.own or self._stack.neighbors.owner_of(address) not in (None, mac)
 
     def _is_for_one_host(self, buffer: memoryview, start: int, end: int) -> bool:
         """Whether a frame carries an IP packet whose destination is no group. Untrusted."""

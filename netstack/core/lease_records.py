@@ -54,7 +54,7 @@ def read_leases(table: LeaseTable, data: Any, now: float, wall: float) -> int:
     for entry in data["leases"]:
         try:
             lease = _parse_entry(entry, now, wall)
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
             skipped += 1
             continue
         skipped += not table.restore(lease, now)

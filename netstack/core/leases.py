@@ -15,9 +15,10 @@ Each record is one host number of the network, and that number is the guest's in
 and fd00:c0a8:5::15, the same digits. IPv4 and IPv6 run out separately; a number is free when both have.
 
 A guest that comes back gets its old address because records outlive their leases. A new guest gets, in this order: the
-address that it asks for, if that is free; the lowest number never given out; the number whose lease ended longest ago;
-the oldest offer that nobody took up. Live leases are never taken away, so a guest that invents MACs only delays
-strangers: it cycles through its own offers, and of confirmed leases one link can hold three quarters at most.
+address that it asks for, if that is free; the lowest number never given out that nobody uses without a lease; the
+number whose lease ended longest ago; the oldest offer that nobody took up. Live leases are never taken away, so a guest
+that invents MACs only delays strangers: it cycles through its own offers, and of confirmed leases one link can hold
+three quarters at most.
 
 An address that a guest declines stays out of use for ten minutes; at most a quarter of the pool does at any time.
 """
@@ -44,6 +45,9 @@ OFFER_TIME: Final = 60.0
 # How long a declined address is left alone; dnsmasq's figure too.
 QUARANTINE_TIME: Final = 600.0
 
+# How many addresses in use are passed over for a new guest: one that claims them all must not keep us counting.
+_IN_USE_TRIES: Final = 64
+
 # Bounds the table and the search for the least recently used, whatever the size of the network.
 MAX_LEASES: Final = 1024
 
@@ -61,7 +65,8 @@ class LeaseTable:
 
     network and prefix6 are the network addresses (prefix6 is a /64, or None when there is no IPv6); reserved are the
     addresses never given out (the gateway's). `version` grows with every change that a restart should remember.
-    is_present(mac) says whether that guest is on a link now. on_event(what, lease) is called with "offered", "bound",
+    is_present(mac) says whether that guest is on a link now, is_in_use(address, mac) whether a guest with another MAC
+    uses an IPv4 address. on_event(what, lease) is called with "offered", "bound",
     "renewed", "released", "declined"; it must not raise.
     """
 
@@ -72,6 +77,7 @@ class LeaseTable:
     statics: Iterable[StaticLease] = ()
     lease_time: float = LEASE_TIME
     is_present: Callable[[bytes], bool] = lambda mac: True
+    is_in_use: Callable[[bytes, bytes], bool] = lambda address, mac: False
     on_event: Callable[[str, Lease], None] | None = None
     version: int = 0
     first: int = field(init=False)
@@ -115,6 +121,14 @@ class LeaseTable:
         for host in range(self.first, self.last + 1):
             if host not in self._by_host:
                 self._mark_fresh(host)
+        self._none_ends_before = NEVER  # of those that the settings kept, one may have
+        for lease in self._by_host.values():
+            lease.static = self._static_hosts.get(lease.host) == lease.mac
+            if lease.host in self._static_hosts:
+                # Else a stranger would be given it, as the oldest offer.
+                self._offers.pop(lease.host, None)
+            elif not lease.confirmed and lease.host not in self._quarantined:
+                self._offers.setdefault(lease.host, lease)
 
     # What others ask about guests.
 
@@ -219,10 +233,12 @@ class LeaseTable:
         lease = self.find_address(address)
         if lease is None or lease.mac != mac:
             return None
+        if (lease.expires_at if len(address) == 4 else lease.expires6_at) <= now:
+            return lease  # over already: a guest that says so for ever has nothing written
         if len(address) == 4:
-            lease.expires_at = min(lease.expires_at, now)
+            lease.expires_at = now
         else:
-            lease.expires6_at = min(lease.expires6_at, now)
+            lease.expires6_at = now
         self._none_ends_before = min(self._none_ends_before, now)
         self.version += 1
         self._tell("released", lease)
@@ -239,12 +255,13 @@ class LeaseTable:
             # The settings say who has this address; all there is to do is to tell.
             self._tell("declined", lease)
             return lease
+        # First: declined once more, it must not be what makes room for itself.
+        self._unlist(lease)
         if len(self._quarantined) >= max(1, (self.last - self.first + 1) // 4):
             self._forget(next(iter(self._quarantined.values())))
         lease.expires_at = lease.expires6_at = min(lease.free_at(), now)
         lease.quarantined_until = now + QUARANTINE_TIME
         lease.confirmed = False
-        self._unlist(lease)
         self._quarantined[lease.host] = lease
         self.version += 1
         self._tell("declined", lease)
@@ -336,15 +353,31 @@ class LeaseTable:
             while unconfirmed and (lease := next(iter(unconfirmed.values()))).free_at() <= now:
                 self._forget(lease)
         if self._fresh:
-            return self._create(self.first + (self._fresh & -self._fresh).bit_length() - 1, mac, now)
+            return self._create(self._choose_fresh(mac), mac, now)
         oldest = self._find_expired(now) or next(iter(self._offers.values()), None)
         return None if oldest is None else self._create(oldest.host, mac, now)
+
+    def _address_of(self, host: int) -> bytes:
+        return (int.from_bytes(self.network, "big") + host).to_bytes(4, "big")
+
+    def _choose_fresh(self, mac: bytes) -> int:
+        """The lowest fresh number whose address no other guest uses without a lease (RFC 2131 3.1: SHOULD probe)."""
+        first = fresh = self._fresh
+        for _ in range(_IN_USE_TRIES):
+            host = self.first + (fresh & -fresh).bit_length() - 1
+            if not self.is_in_use(self._address_of(host), mac):
+                return host
+            fresh &= fresh - 1
+            if not fresh:
+                break
+        return self.first + (first & -first).bit_length() - 1
 
     def _find_expired(self, now: float) -> Lease | None:
         """Give the confirmed record whose lease ended longest ago. Looks through all of them only when one may have."""
         if now < self._none_ends_before:
             return None
-        confirmed = (lease for lease in self._by_host.values() if lease.confirmed and not lease.static)
+        kept = self._static_hosts
+        confirmed = (lease for lease in self._by_host.values() if lease.confirmed and lease.host not in kept)
         oldest = min(confirmed, key=Lease.free_at, default=None)
         if oldest is not None and oldest.free_at() <= now:
             return oldest
@@ -378,7 +411,7 @@ class LeaseTable:
         if host in self._by_host:
             self._forget(self._by_host[host])
         static = self._static_by_mac.get(mac)
-        address = (int.from_bytes(self.network, "big") + host).to_bytes(4, "big")
+        address = self._address_of(host)
         lease = Lease(host, address, self._choose6(host, static), mac)
         lease.static = static is not None and static.address is not None
         self._by_host[host] = lease

@@ -6,7 +6,8 @@ Router advertisements go to all guests, on every link: three of them at most 16 
 link came up, the host found or lost its IPv6 route), then one every 200 to 600 s (RFC 4861 6.2.1, 6.2.4). A
 solicitation is answered to the address that it came from, at once: the random delay of RFC 4861 6.2.6 keeps several
 routers from speaking at the same moment, and here is one. A guest that solicits before it has an address can only be
-answered to all; that is done once in 3 s at most (MIN_DELAY_BETWEEN_RAS), later ones are put off until then.
+answered to all, by the timer; that is done once in 3 s at most (MIN_DELAY_BETWEEN_RAS), later ones are put off until
+then.
 
 Guests make themselves an address from the prefix and ask DHCPv6 for another (flags A, M and O). When the host has no
 route to the IPv6 world the router's lifetime is 0: guests keep their addresses, reach each other and the gateway, and
@@ -166,8 +167,10 @@ class NdpResponder:
             self.drop("ndp_malformed")
             return []
         if src == UNSPECIFIED:
+            # What is returned goes to this guest's link alone: one that solicits all the time would otherwise use up
+            # the advertisements of all the others.
             self._hurry(now)
-            return self.on_timer(now)
+            return []
         self._learn(src, mac, now)
         return [self._advertise(src, mac)]
 

@@ -78,6 +78,7 @@ class Neighbors:
         self._addresses = addresses
         self._limit = limit
         self._table: dict[bytes, Neighbor] = {}
+        self._of_link: dict[Link, dict[bytes, None]] = {}  # the addresses behind each link, the newest last
         self._resolutions: dict[bytes, _Resolution] = {}
         # Says whose lease an address is (a MAC), or None. Set by the gateway.
         self.owner_of: Callable[[bytes], bytes | None] = lambda address: None
@@ -99,7 +100,7 @@ class Neighbors:
 
     def forget_link(self, link: Link) -> None:
         """The link is gone; its guests may come back on another."""
-        for address in [address for address, neighbor in self._table.items() if neighbor.link is link]:
+        for address in self._of_link.pop(link, ()):
             del self._table[address]
 
     def admit(self, link: Link, mac: bytes, address: bytes, now: float) -> Neighbor | None:
@@ -119,20 +120,31 @@ class Neighbors:
         return self.learn(link, mac, address, now)
 
     def learn(self, link: Link, mac: bytes, address: bytes, now: float) -> Neighbor:
-        """Store it, as the newest."""
-        old = self._table.pop(address, None)
-        if old is None and len(self._table) >= self._limit:
-            del self._table[next(iter(self._table))]
+        """Store it, as the newest. When the table is full, the link with most addresses loses its oldest."""
+        old = self._table.get(address)
+        if old is not None:
+            self._forget(old)
+        elif len(self._table) >= self._limit:
+            most = max(self._of_link.values(), key=len)
+            self._forget(self._table[next(iter(most))])
         neighbor = Neighbor(address, mac, link, now)
         if old is not None and old.mac == mac:
             neighbor.mtu = old.mtu
         self._table[address] = neighbor
+        self._of_link.setdefault(link, {})[address] = None
         resolution = self._resolutions.pop(address, None)
         if resolution is not None:
             self._stack.timers.cancel(resolution)
             for resolved in resolution.waiting:
                 resolved(neighbor, now)
         return neighbor
+
+    def _forget(self, neighbor: Neighbor) -> None:
+        del self._table[neighbor.address]
+        addresses = self._of_link[neighbor.link]
+        del addresses[neighbor.address]
+        if not addresses:
+            del self._of_link[neighbor.link]
 
     # ---- ARP -------------------------------------------------------------------------------------------------------
 

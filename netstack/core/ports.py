@@ -215,6 +215,7 @@ UdpService = Callable[[Datagram, float], None]
 class TcpServiceCall:
     """A guest's connection to a TCP service of the gateway, for logs and limits."""
 
+    link: Link  # limits go by it: a guest may have any number of addresses
     guest: bytes
     guest_port: int
     address: bytes

@@ -26,6 +26,7 @@ by one budget each, neighbors, MACs, fragments by their owners.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
 import struct
@@ -147,8 +148,10 @@ class Stack:
         self._udp_services: dict[int, list[tuple[frozenset[bytes] | None, UdpService]]] = {}
         self._tcp_services: dict[tuple[bytes, int], TcpService] = {}
         self._protected: set[int] = set()
-        self._errors_left = float(self.limits.icmp_errors_per_second)
-        self._errors_at = 0.0
+        # Guests that seek() is asking for, by address, and who waits for them.
+        self._sought: dict[bytes, dict[TcpFlow, None]] = {}
+        # Of each link: how many ICMP errors it may still be sent, as of when.
+        self._errors: dict[Link, tuple[float, float]] = {}
         self._ident = 0
         self.now = 0.0  # of the last call from the rim; for what has no `now` at hand
 
@@ -314,27 +317,45 @@ class Stack:
 
     @property
     def bytes_out_of_order(self) -> int:
-        """Bytes of guests' segments that wait for one before them."""
+        """Bytes of guests' segments that wait for one before them, and what each of these costs besides."""
         return self.budgets.out_of_order.used
 
     # ---- links -----------------------------------------------------------------------------------------------------
 
-    def add_link(self, link: Link) -> None:
-        """A guest, or a segment of guests, is attached: tell it who the gateway is."""
+    def add_link(self, link: Link, now: float) -> None:
+        """A guest, or a segment of guests, is attached: tell it who the gateway is, and look for those we have lost."""
         self.switch.add(link)
         self.neighbors.announce(link)
+        for flow in self.flows:
+            if flow.link_lost:
+                self.seek(flow, now)
 
     def remove_link(self, link: Link, now: float) -> None:
         """It is gone. Its flows end soon unless their guest comes back, on whatever link."""
         self.switch.remove(link)
         self.neighbors.forget_link(link)
         self.budgets.forget(link)
+        self._errors.pop(link, None)
         self.udp.close_link(link, now)
         self.icmp.close_link(link, now)
         self.reassembly.forget_link(link)
         for flow in self.flows:
             if flow.link is link:
                 flow.on_link_lost(now)
+
+    def seek(self, flow: TcpFlow, now: float) -> None:
+        """Ask on all links for a guest whose link was lost: on its new one it may have nothing to say by itself."""
+        waiting = self._sought.get(flow.guest)
+        if waiting is not None:
+            waiting[flow] = None
+            return
+        self._sought[flow.guest] = {flow: None}
+        self.neighbors.resolve(flow.guest, functools.partial(self._on_sought, flow.guest), now)
+
+    def _on_sought(self, guest: bytes, neighbor: Neighbor | None, now: float) -> None:
+        for flow in self._sought.pop(guest, ()):
+            if neighbor is not None and flow.link_lost:
+                flow.on_guest_found(neighbor, now)
 
     def move_flow(self, flow: TcpFlow, link: Link, mac: bytes) -> bool:
         """A flow's segment came over another link. True when its guest is there now."""
@@ -407,19 +428,19 @@ class Stack:
     ) -> None:
         """An ICMP error about this packet of the guest's, from `src`; None: from the gateway's address of its family.
 
-        Nothing is sent where RFC 1122 3.2.2 or RFC 4443 2.4 forbid an error, or when there were too many (2.4 f).
+        Nothing is sent where RFC 1122 3.2.2 or RFC 4443 2.4 forbid an error, or when the link has had too many (2.4 f).
         """
         rate = self.limits.icmp_errors_per_second
-        self._errors_left = min(float(rate), self._errors_left + (self.now - self._errors_at) * rate)
-        self._errors_at = self.now
-        if self._errors_left < 1.0:
+        left, at = self._errors.get(link, (float(rate), 0.0))
+        left = min(float(rate), left + (self.now - at) * rate)
+        if left < 1.0:
             self.counters.drop("icmp_errors_limited")
             return
         if src is None:
             src = self.addresses.router_for(bytes(packet[12:16] if packet[0] >> 4 == 4 else packet[8:24]))
         error = write_error(src, packet, problem, parameter)
         if error is not None:
-            self._errors_left -= 1.0
+            self._errors[link] = (left - 1.0, self.now)
             self.counters.icmp_errors_sent += 1
             self.send_ip(link, mac, error)
 
@@ -495,7 +516,7 @@ class Stack:
         sock: HostSocket | None = None
         error = 0
         if service is not None:
-            sock = service.open(TcpServiceCall(flow.guest, flow.guest_port, dst, port))
+            sock = service.open(TcpServiceCall(flow.link, flow.guest, flow.guest_port, dst, port))
         elif dst not in (self.addresses.dns, self.addresses.dns6) and not (
             dst in self.addresses.own and port in self._protected
         ):
@@ -515,7 +536,11 @@ class Stack:
             self.refuse_tcp(flow, error, now)
             return
         self.flows.add(flow)
-        flow.open_from_guest(sock)
+        try:
+            flow.open_from_guest(sock)
+        except OSError as failure:  # the poller's own limits: ENOMEM, or ENOSPC of fs.epoll.max_user_watches
+            self._tell_exhausted(failure.errno or 0)
+            self.refuse_tcp(flow, 0, now)
 
     def _tell_exhausted(self, error: int) -> None:
         """What a guest asked for is refused for a reason that only the host's administrator can mend."""

@@ -1,7 +1,12 @@
 """The learning switch between links, and toward the gateway (IEEE 802.1D section 7.8, without spanning tree).
 
 A MAC belongs to the link it was last seen on. Frames for the gateway's MAC go up; unicast for a known MAC goes to its
-link; the rest is flooded to all other links. The table is bounded: when it is full, the MAC not heard for longest goes.
+link; the rest is flooded to all other links. The table is bounded: when it is full, the link that has most MACs in it
+loses the one not heard for longest. So a guest that floods MACs pushes out its own: it could otherwise have another
+guest's forgotten, and take it over.
+
+Counted as dropped: mac_of_another_link (in use there), link_gone (the rest of a batch whose link has closed),
+frame_too_big_for_link.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from netstack.core.counters import Counters
 from netstack.core.ports import Link
 from netstack.wire.ethernet import MIN_FRAME
 
-# vde_switch's and Linux bridges' tables are of this order; a guest that floods MACs only pushes out unknown ones.
+# vde_switch's and Linux bridges' tables are of this order.
 _TABLE = 4096
 
 # IEEE 802.1D table 7-5: ageing time 300 s.
@@ -28,39 +33,48 @@ class Switch:
         self.links: list[Link] = []
         self._gateway_mac = gateway_mac
         self._counters = counters
-        self._table: dict[bytes, tuple[Link, float]] = {}  # in the order last heard, roughly
+        self._table: dict[bytes, tuple[Link, float]] = {}
+        self._of_link: dict[Link, dict[bytes, None]] = {}  # each link's MACs, in the order last heard, roughly
 
     def add(self, link: Link) -> None:
         self.links.append(link)
+        self._of_link[link] = {}
 
     def remove(self, link: Link) -> None:
         """The link is gone, and the MACs behind it."""
         if link in self.links:
             self.links.remove(link)
-        for mac in [mac for mac, (where, _) in self._table.items() if where is link]:
+        for mac in self._of_link.pop(link, ()):
             del self._table[mac]
 
     def learn(self, mac: bytes, link: Link, now: float) -> bool:
-        """`mac` sent a frame on `link`. False when it must not: that MAC is in use on another link. Untrusted.
+        """`mac` sent a frame on `link`. False when that is to be dropped: it is in use on another link. Untrusted.
 
         A guest could otherwise take over another one's frames by sending with its MAC. One that really moves closes its
         old link, which forgets it.
         """
         entry = self._table.get(mac)
+        if entry is not None and entry[0] is link and now - entry[1] < 1.0:
+            return True
+        own = self._of_link.get(link)
+        if own is None:  # it closed, and this is the rest of its last batch
+            self._counters.drop("link_gone")
+            return False
         if entry is not None:
             was, heard_at = entry
-            if was is link and now - heard_at < 1.0:
-                return True
             if was is not link:
                 if now - heard_at < _IN_USE:
                     self._counters.drop("mac_of_another_link")
                     return False
                 was.forget_macs()
-            del self._table[mac]
+            del self._of_link[was][mac]
         elif len(self._table) >= _TABLE:
-            oldest = next(iter(self._table))
-            self._table[oldest][0].forget_macs()
+            most, macs = max(self._of_link.items(), key=lambda item: len(item[1]))
+            oldest = next(iter(macs))
+            most.forget_macs()
+            del macs[oldest]
             del self._table[oldest]
+        own[mac] = None
         self._table[mac] = (link, now)
         return True
 

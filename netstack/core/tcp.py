@@ -48,6 +48,7 @@ from netstack.wire.tcp import ACK, FIN, RST, SYN, TcpOptions
 
 if TYPE_CHECKING:
     from netstack.core.flows import FlowKey
+    from netstack.core.neighbors import Neighbor
     from netstack.core.stack import Stack
 
 
@@ -72,6 +73,9 @@ TIME_WAIT_SECONDS = 2.0
 # make the guest retransmit).
 OUT_OF_ORDER_SEGMENTS = 256
 _DUPLICATE_ACKS = 3
+
+# What such a segment costs besides its bytes, and the budget must count: tuple, bytes object and int (CPython, 64 bit).
+OUT_OF_ORDER_OVERHEAD = 128
 
 # RFC 5961 section 7: challenge ACKs are limited; one flow may send this many a second.
 _CHALLENGE_ACKS = 10
@@ -99,7 +103,6 @@ class TcpFlow:
         "_challenges",
         "_dup_acks_due",
         "_keepalive_probes",
-        "_link_lost",
         "ack_due",
         "ack_listed",
         "acked",
@@ -125,6 +128,7 @@ class TcpFlow:
         "key",
         "last_ack",
         "link",
+        "link_lost",
         "mac",
         "mac_low",
         "max_snd_wnd",
@@ -234,7 +238,7 @@ class TcpFlow:
         self.heard_at = self.opened_at = now
         self._keepalive_probes = 0
         self._asked_at = now  # when the last of them was sent, or the link was lost
-        self._link_lost = False
+        self.link_lost = False
         self._challenges = 0
         self._challenge_at = 0.0
         self.bytes_from_guest = self.bytes_to_guest = 0
@@ -413,9 +417,10 @@ class TcpFlow:
             return
         if state == SYN_RECEIVED and flags & (SYN | ACK | RST) == SYN and seq == self.irs:
             tcp_output.send_syn_ack(self, now)
+            self.rtt_at = 0.0  # Karn's algorithm (RFC 6298 section 3)
             return
         if self.out_of_order:
-            self._take_out_of_order()  # the gap before this segment may be filled by now, in this very batch
+            self._take_out_of_order(now)  # the gap before this segment may be filled by now, in this very batch
 
         # First, check the sequence number (3.10.7.4). In a zero window only SEG.SEQ = RCV.NXT is acceptable; its data
         # is not, but its ACK and RST are (3.8.6).
@@ -429,7 +434,7 @@ class TcpFlow:
             acceptable = last < space
         if not acceptable:
             if not flags & RST:
-                self._answer_unacceptable(seq, flags, now)
+                self._answer_unacceptable(flags, n, now)
             return
 
         # Second, RST (RFC 5961 3.2): exactly RCV.NXT resets, elsewhere in the window it is challenged.
@@ -472,10 +477,12 @@ class TcpFlow:
                     self.ack_due = True  # a probe of our zero window
                 if fin:
                     self._on_guest_fin(now)
-            elif n > 0:
-                self._keep_out_of_order(seq, buffer[start:end])
-            elif fin:
-                self._dup_acks_due += 1
+            elif n > 0 or fin:
+                self._dup_acks_due += 1  # a gap lies before it (RFC 5681 4.2)
+                if n > 0:
+                    self._keep_out_of_order(seq, buffer[start:end])
+                if fin:
+                    self._keep_out_of_order((seq + n) & M, buffer[end:end])
 
     def _on_segment_syn_sent(
         self, seq: int, ack: int, flags: int, window: int, options: TcpOptions | None, now: float
@@ -483,7 +490,7 @@ class TcpFlow:
         """RFC 9293 3.10.7.3."""
         if flags & ACK and ((ack - self.iss - 1) & M) >= ((self.snd_nxt - self.iss) & M):
             if not flags & RST:
-                self.writer.send(ack, 0, RST, 0)
+                self._reset_segment(ack)
             return
         if flags & RST:
             if flags & ACK:
@@ -503,8 +510,15 @@ class TcpFlow:
             self._watch(0)
             tcp_output.send_syn_ack(self, now)
 
-    def _answer_unacceptable(self, seq: int, flags: int, now: float) -> None:
-        """3.10.7.4, first: an ACK, and the segment is dropped. Keep-alives of the guest and lost ACKs end here."""
+    def _answer_unacceptable(self, flags: int, n: int, now: float) -> None:
+        """3.10.7.4, first: an ACK, and the segment is dropped. Keep-alives of the guest and lost ACKs end here.
+
+        Answers to what may itself be such an answer are limited, or two ends that do not agree on the numbers go on
+        for ever (Linux: tcp_oow_rate_limited). Data and FIN ask for an ACK that was lost.
+        """
+        if flags & SYN or not (n or flags & FIN):
+            self._challenge(now)
+            return
         if self.state == TIME_WAIT and flags & FIN:
             self._enter_time_wait(now)  # the FIN again: our ACK was lost
         self.ack_due = True
@@ -517,7 +531,7 @@ class TcpFlow:
         sent = (self.snd_nxt - una) & M
         if self.state == SYN_RECEIVED:
             if not 0 < acked <= sent:
-                self.writer.send(ack, 0, RST, 0)
+                self._reset_segment(ack)
                 return False
             tcp_output.measure_rtt(self, now)
             self.snd_una = ack
@@ -570,15 +584,15 @@ class TcpFlow:
             self._enter_time_wait(now)
 
     def _keep_out_of_order(self, seq: int, view: memoryview) -> None:
-        """A gap lies before this segment. Keep a copy; answer with a duplicate ACK (RFC 5681 4.2)."""
-        self._dup_acks_due += 1
+        """A gap lies before this segment: keep a copy. An empty one is the guest's FIN."""
         queue = self.out_of_order
         if queue is None:
             queue = self.out_of_order = []
             # A loss: the guest's queue overflowed or the window was too wide for it.
             self.rcv_limit = max(RCV_INITIAL, self.rcv_limit // 2)
         stack = self.stack
-        if len(queue) >= OUT_OF_ORDER_SEGMENTS or len(view) > self.shares.out_of_order.room():
+        cost = len(view) + OUT_OF_ORDER_OVERHEAD
+        if len(queue) >= OUT_OF_ORDER_SEGMENTS or cost > self.shares.out_of_order.room():
             stack.counters.drop("tcp_out_of_order_full")
             return
         at = len(queue)
@@ -588,9 +602,9 @@ class TcpFlow:
         if at and queue[at - 1][0] == seq and len(queue[at - 1][1]) >= len(view):
             return
         queue.insert(at, (seq, bytes(view)))
-        self.shares.out_of_order.add(len(view))
+        self.shares.out_of_order.add(cost)
 
-    def _take_out_of_order(self) -> None:
+    def _take_out_of_order(self, now: float) -> None:
         """Move what is in order now from the queue to the batch."""
         queue = self.out_of_order
         while queue:
@@ -599,26 +613,31 @@ class TcpFlow:
             if skip >= HALF:
                 return
             del queue[0]
-            self.shares.out_of_order.add(-len(data))
+            self.shares.out_of_order.add(-len(data) - OUT_OF_ORDER_OVERHEAD)
             if skip < len(data):
                 view = memoryview(data)[skip:]
                 self.batch.append(view)
                 self.rcv_nxt = (self.rcv_nxt + len(view)) & M
                 self.ack_due = True
                 self._dup_acks_due = max(self._dup_acks_due, 1)  # RFC 5681 4.2: at once when a gap is filled
+            elif not data and not skip:
+                self._on_guest_fin(now)
+                return
         self.out_of_order = None
 
     def _forget_out_of_order(self) -> None:
-        if self.out_of_order:
-            self.shares.out_of_order.add(-sum(len(data) for _, data in self.out_of_order))
+        self.shares.out_of_order.add(-self._out_of_order_cost())
         self.out_of_order = None
+
+    def _out_of_order_cost(self) -> int:
+        return sum(len(data) + OUT_OF_ORDER_OVERHEAD for _, data in self.out_of_order or ())
 
     def finish_batch(self, now: float) -> None:
         """The batch that touched this flow ends: deliver, free, send, acknowledge."""
         self.touched = False
         self.heard_at = now
         if self.out_of_order:
-            self._take_out_of_order()
+            self._take_out_of_order(now)
         if self.batch:
             self._deliver(now)
         if self.state == CLOSED:
@@ -810,6 +829,7 @@ class TcpFlow:
             self._deliver(now)
         if self.to_host:
             self._linger(now)
+            stack.flows.linger(self)
         else:
             self._drop_socket()
         stack.on_flow_closed(self, why)
@@ -826,6 +846,7 @@ class TcpFlow:
             self.sock = None
             if self.state == CLOSED:
                 self.stack.timers.cancel(self)
+                self.stack.flows.end_linger(self)
             if self.interest >= 0:
                 self.stack.poller.unregister(self.fd)
                 self.interest = -1
@@ -849,6 +870,11 @@ class TcpFlow:
             return
         self.ack_due = True
         self._dup_acks_due = max(self._dup_acks_due, 1)
+
+    def _reset_segment(self, ack: int) -> None:
+        """RST in answer to an ACK of what we never sent, before the connection is synchronised (3.10.7.3, 3.10.7.4)."""
+        self.stack.counters.tcp_resets_sent += 1
+        self.writer.send(ack, 0, RST, 0)
 
     def send_refusal(self) -> None:
         """RST in answer to the guest's SYN (RFC 9293 3.10.7.1)."""
@@ -874,14 +900,14 @@ class TcpFlow:
         held = (
             sum(len(view) for _, view in self.rtx),
             self.to_host_bytes,
-            sum(len(data) for _, data in self.out_of_order or ()),
+            self._out_of_order_cost(),
         )
         for shares, sign in ((self.shares, -1), (self.stack.budgets.of(link), 1)):
             shares.in_flight.add(sign * held[0])
             shares.for_host.add(sign * held[1])
             shares.out_of_order.add(sign * held[2])
             self.shares = shares
-        self._link_lost = False
+        self.link_lost = False
         # The queue of the other link may refer to these chunks still: they must not be recycled (Stack.flush).
         self.rtx = deque((seq, memoryview(bytes(view))) for seq, view in self.rtx)
         self.waits_for_link = False
@@ -895,7 +921,7 @@ class TcpFlow:
         if self.state in (CONNECTING, SYN_SENT, SYN_RECEIVED):
             self.abort(now, "link lost", tell_guest=False)
             return
-        self._link_lost = True
+        self.link_lost = True
         if self.state != TIME_WAIT:
             self._keepalive_probes = KEEPALIVE_PROBES
             self._asked_at = now
@@ -905,12 +931,23 @@ class TcpFlow:
     def _find_guest(self, now: float) -> None:
         """Its link was lost. A guest that has nothing to say on this flow may have spoken elsewhere since."""
         neighbor = self.stack.neighbors.find(self.guest)
-        if neighbor is not None and neighbor.mac == self.mac:
-            self.move_to(neighbor.link)
-            if self.state != TIME_WAIT:
-                self._keepalive_probes = 0
-                self.heard_at = min(self.heard_at, now - KEEPALIVE_IDLE)  # ask it at once: it may have forgotten us
-                self.idle_at = now
+        if neighbor is not None:
+            self.on_guest_found(neighbor, now)
+        else:
+            self.stack.seek(self, now)
+
+    def on_guest_found(self, neighbor: Neighbor, now: float) -> None:
+        """Somebody is at our guest's address; if it is our guest, go on with it there, and at once."""
+        if neighbor.mac != self.mac or self.state == CLOSED:
+            return
+        self.move_to(neighbor.link)
+        if self.state != TIME_WAIT:
+            self._keepalive_probes = 0
+            self.heard_at = min(self.heard_at, now - KEEPALIVE_IDLE)  # ask it at once: it may have forgotten us
+            self.idle_at = now
+            if self.rtx_at != NEVER:
+                self.rtx_at = now
+            self._arm()
 
     def send_late_ack(self) -> None:
         """Nothing took the ACK along."""
@@ -931,7 +968,7 @@ class TcpFlow:
             self._forget_to_host()
             self._drop_socket()
             return
-        if self._link_lost:
+        if self.link_lost:
             self._find_guest(now)
         if self.rtx_at <= now:
             self.rtx_at = NEVER

@@ -3,8 +3,8 @@
 A flow has one deadline, `timer_at`, that moves with almost every segment. Moving it later must cost nothing, so it is a
 plain store: the heap keeps the earlier entry, and when that comes up, the flow is put back with its true deadline.
 Moving it earlier pushes a second entry; the first is then stale, recognised because it is not the flow's `heap_at`.
-Cancelled entries are swept out when they are the greater part of the heap, so that a closed flow is not kept alive by
-a deadline far away.
+Stale and cancelled entries are swept out when they are the greater part of the heap, so that a closed flow is not kept
+alive by a deadline far away, nor does an open one that moves its deadline to and fro leave an entry there each time.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ class Timers:
             owner.heap_at = at
             heap = self._heap
             heapq.heappush(heap, (at, next(self._order), owner))
+            if self._cancelled > _SWEEP_MINIMUM and self._cancelled * 2 > len(heap):
+                self._sweep()
+                heap = self._heap
             if heap[0][0] == at and self.on_earlier is not None:
                 self.on_earlier(at)
 
@@ -52,9 +55,14 @@ class Timers:
             owner.heap_at = NEVER
             self._cancelled += 1
             if self._cancelled > _SWEEP_MINIMUM and self._cancelled * 2 > len(self._heap):
-                self._heap = [entry for entry in self._heap if entry[2].heap_at == entry[0]]
-                heapq.heapify(self._heap)
-                self._cancelled = 0
+                self._sweep()
+
+    def _sweep(self) -> None:
+        """Keep one entry of each owner. A stale one may bear the time of the valid one: that came back to it."""
+        live = {id(entry[2]): entry for entry in self._heap if entry[2].heap_at == entry[0]}
+        self._heap = list(live.values())
+        heapq.heapify(self._heap)
+        self._cancelled = 0
 
     def next_deadline(self) -> float:
         """When run() has something to look at; NEVER when nothing is armed. May be earlier than any true deadline."""

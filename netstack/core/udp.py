@@ -367,12 +367,13 @@ class UdpFlows(DatagramFlows[UdpFlow]):
             flow.timeout = IDLE
         if flow.asked.get(target) != dst:
             self.remember_asked(flow, target, dst)
-        flow.send(payload, dst, target, dst_port, ttl, dont_fragment)
         if len(self.paths) >= _PATHS:
             self.forget_paths()
         key = flow_key(src, src_port, dst, dst_port)
         self.paths[key] = UdpPath(flow, dst, target, dst_port)
         flow.path_keys.add(key)
+        # Last: an error that goes to the guest may find its link gone, and close this flow.
+        flow.send(payload, dst, target, dst_port, ttl, dont_fragment)
 
     def forget_paths(self) -> None:
         """Have every datagram take the slow road again: there are too many paths, or what is allowed has changed."""

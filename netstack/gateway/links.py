@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from netstack.config import LinkSpec
-from netstack.control.log import Log
+from netstack.control.log import Log, RateLimiter
 from netstack.core.stack import Stack
 from netstack.host.poller import HostPoller
 from netstack.vde.attachment import Attachment, StreamConnector, StreamDescriptor, StreamListener
@@ -41,6 +41,7 @@ class Links:
         self._mtu = mtu
         self._capture = capture
         self._on_link = on_link
+        self._limiter = RateLimiter()
 
     def make_attachment(self, spec: LinkSpec) -> Attachment:
         """What this URI stands for; to be opened and run."""
@@ -66,16 +67,21 @@ class Links:
         return link
 
     def tell(self, message: str, **fields: object) -> None:
-        """Log what happened to an attachment."""
-        self._log.info(message, **fields)
+        """Log what happened to an attachment; what happens again and again, as without descriptors, now and then."""
+        suppressed = self._limiter.admit(f"{message} {fields}", time.monotonic())
+        if suppressed is not None:
+            if suppressed:
+                fields["suppressed"] = suppressed
+            self._log.info(message, **fields)
 
     def _join(self, link: BaseLink) -> None:
         if self._capture is not None:
             link.interface = self._capture.add_link(link.name)
             link.capture = self._capture
         link.on_closed = lambda why: self._on_closed(link, why)
-        self._stack.add_link(link)
-        self._on_link(link, time.monotonic())
+        now = time.monotonic()
+        self._stack.add_link(link, now)
+        self._on_link(link, now)
         self._stack.flush()
         self._log.info("link up", link=link.name, mtu=link.mtu)
 

@@ -88,7 +88,7 @@ class DnsService:
         self.server = DnsServer(RelayResolver(local, Upstream(self._nameservers)), nursery, self._reply, events=events)
         where = (addresses.dns, addresses.gateway, addresses.dns6, addresses.gateway6, addresses.link_local)
         stack.register_udp(PORT, self.server.on_datagram, addresses=where)
-        service: TcpService = StreamService(nursery, lambda stream, call: self.server.serve_stream(stream, call.guest))
+        service: TcpService = StreamService(nursery, lambda stream, call: self.server.serve_stream(stream, call.link))
         stack.register_tcp(PORT, service, addresses=where)
         self.apply(config)
 

@@ -27,7 +27,7 @@ from netstack.gateway.status import statistics_of
 from netstack.host import state, subnets
 from netstack.host.poller import HostPoller
 from netstack.host.sockets import HostSockets
-from netstack.vde.attachment import Attachment
+from netstack.vde.attachment import Attachment, StreamListener
 from netstack.vde.link import BaseLink
 from netstack.wire.ethernet import format_mac
 
@@ -37,8 +37,13 @@ _ROUTE_INTERVAL = 5.0
 # Less than the time for which a MAC or an address counts as in use (core.switch, core.neighbors).
 _REFRESH_INTERVAL = 20.0
 
-# How long after a change the leases are written: a boot makes several.
+# How long after a change the leases are written: a boot makes several. And when they could not be, until the next try.
 _SAVE_DELAY = 0.5
+_SAVE_AGAIN = 30.0
+
+# Lines of the log about leases in so many seconds. Guests can make them as fast as they send.
+_LEASE_LINES = 50
+_LEASE_LINES_INTERVAL = 10.0
 
 # What `reload` can change. The rest is built into the stack, its sockets or its files.
 _LIVE_SETTINGS = frozenset(
@@ -67,10 +72,12 @@ class Network:
         self._attachments: list[Attachment] = []
         self._timer_due = trio.Event()
         self._leases_saved = 0
+        self._lease_lines = 0
+        self._lease_lines_at = -_LEASE_LINES_INTERVAL
         self._closed = False
-        self._poller = HostPoller()
+        self.addresses = choose_addresses(config, log)  # may refuse: before a capture file is made anew
         self.capture = open_capture(config, log)
-        self.addresses = choose_addresses(config, log)
+        self._poller = HostPoller()
         self.stack = Stack(
             self.addresses,
             HostSockets(),
@@ -113,8 +120,12 @@ class Network:
 
     async def attach(self, uri: str) -> Attachment:
         """Make what this link URI stands for, ready for guests when this returns. Raises OSError, ConfigError."""
-        attachment = self._links.make_attachment(parse_link_uri(uri))
+        spec = parse_link_uri(uri)
+        attachment = self._links.make_attachment(spec)
         await attachment.open()
+        if spec.scheme == "tcp" and isinstance(attachment, StreamListener):
+            # Or a guest could attach once more through the gateway address, as somebody else.
+            self.stack.protect_port(int(attachment.address.rpartition(":")[2]))
         self._attachments.append(attachment)
         self._nursery.start_soon(attachment.run)
         return attachment
@@ -139,14 +150,17 @@ class Network:
         self.stack.icmp.close_all(now)
         for attachment in self._attachments:
             attachment.close()
-        if self._lease_claim is not None:
-            self._save_leases(self._lease_claim.path)
-            self._lease_claim.release()
         if self.capture is not None:
             self.capture.close()
 
     def release(self) -> None:
         """Close what the tasks used to the end. Called when they are over."""
+        if self._lease_claim is not None:
+            try:
+                state.write_json(self._lease_claim.path, self._lease_records())
+            except OSError as error:
+                self._on_unsaved(self._lease_claim.path, error)
+            self._lease_claim.release()
         self._poller.close()
 
     def reload(self, config: Config) -> list[str]:
@@ -159,10 +173,20 @@ class Network:
         limits.tcp_flows = wanted.tcp_flows
         limits.tcp_flows_per_guest = wanted.tcp_flows_per_guest
         limits.udp_flows_per_guest = wanted.udp_flows_per_guest
-        self.config = self.config.model_copy(
-            update={"log": config.log, "guest": config.guest, "dns": config.dns, "limits": config.limits}
-        )
+        self.config = self._with_live_settings(config)
         return fixed
+
+    def _with_live_settings(self, config: Config) -> Config:
+        """Our settings with those of `config` that were taken over: the rest is still to be told of next time."""
+        update: dict[str, Any] = {}
+        for name in _LIVE_SETTINGS:
+            table, _, key = name.partition(".")
+            fresh = getattr(config, table)
+            if key:
+                ours = update.get(table, getattr(self.config, table))
+                fresh = ours.model_copy(update={key: getattr(fresh, key)})
+            update[table] = fresh
+        return self.config.model_copy(update=update)
 
     def protect_port(self, port: int) -> None:
         """Refuse guests this port of the host's loopback."""
@@ -209,8 +233,18 @@ class Network:
     async def _run_lease_saver(self, path: Path) -> None:
         while True:
             await trio.sleep(_SAVE_DELAY)
-            if self.leases.version != self._leases_saved:
-                self._save_leases(path)
+            version = self.leases.version
+            if version == self._leases_saved:
+                continue
+            records = self._lease_records()
+            try:
+                # In a thread: a disk may take seconds to say that it has them, and guests do not wait for it.
+                await trio.to_thread.run_sync(state.write_json, path, records)
+            except (OSError, RuntimeError) as error:  # RuntimeError: the system gives no more threads
+                self._on_unsaved(path, error)
+                await trio.sleep(_SAVE_AGAIN)
+            else:
+                self._leases_saved = version
 
     def _on_crash(self, handler: Handler, error: Exception) -> None:
         """A bug, seen by one flow or link: that one ends."""
@@ -237,6 +271,7 @@ class Network:
             prefix6=addresses.subnet6.network_address.packed,
             statics=static_leases(self.config),
             is_present=lambda mac: self.stack.switch.where(mac) is not None,
+            is_in_use=self._is_in_use,
             on_event=self._on_lease,
         )
         self._lease_claim = claim_lease_file(self.config, addresses, self.log)
@@ -246,6 +281,13 @@ class Network:
 
     def _on_lease(self, what: str, lease: Lease) -> None:
         if what in ("bound", "declined", "released"):
+            now = time.monotonic()
+            if now - self._lease_lines_at >= _LEASE_LINES_INTERVAL:
+                self._lease_lines_at, self._lease_lines = now, 0
+            self._lease_lines += 1
+            if self._lease_lines > _LEASE_LINES:
+                self._events.warning("lease lines", "too many changes of leases to show them all")
+                return
             self.log.info(
                 "lease",
                 what=what,
@@ -253,6 +295,10 @@ class Network:
                 mac=format_mac(lease.mac),
                 address=str(ipaddress.ip_address(lease.address)),
             )
+
+    def _is_in_use(self, address: bytes, mac: bytes) -> bool:
+        neighbor = self.stack.neighbors.find(address)
+        return neighbor is not None and neighbor.mac != mac
 
     def _owner_of(self, address: bytes) -> bytes | None:
         return self.leases.owner_of(address, time.monotonic())
@@ -266,13 +312,12 @@ class Network:
         state.read_json(path, check=take, warn=self.log.warning)
         self._leases_saved = leases.version
 
-    def _save_leases(self, path: Path) -> None:
-        self._leases_saved = self.leases.version
-        now = time.monotonic()
-        try:
-            state.write_json(path, lease_records.write_leases(self.leases, now, wall_clock()))
-        except OSError as error:
-            self._events.warning("leases", "cannot keep the leases", file=str(path), error=str(error))
+    def _lease_records(self) -> object:
+        return lease_records.write_leases(self.leases, time.monotonic(), wall_clock())
+
+    def _on_unsaved(self, path: Path, error: Exception) -> None:
+        words = getattr(error, "strerror", None) or str(error)
+        self._events.warning("leases", "cannot keep the leases", file=str(path), error=words)
 
     # ---- what is running -------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,70 @@ def test_a_start_imports_nothing_that_it_does_not_use() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert shown.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    (
+        ("[pcap]\nfile = '~no-such-user/x'\n", ":2: pcap.file: ~no-such-user/x: nobody knows that home directory"),
+        ("a = " + "[" * 5000, ": nests too deeply"),
+        ("a = " + "1" * 5000, ": nests too deeply, or has a number of too many digits"),
+    ),
+    ids=("home", "nested", "digits"),
+)
+def test_an_odd_file_is_one_line(text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "n.toml"
+    file.write_text(text)
+    assert main(["run", "-c", str(file)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"netstack: {file}{words}")
+    assert shown.count("\n") == 1
+
+
+def test_a_user_without_a_home_is_told_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nobody(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert main(["run", "--link", f"unix://{tmp_path}/n.sock", "--api", "none"]) == 2
+    assert "set HOME or XDG_STATE_HOME, or give --state-dir" in capsys.readouterr().err
+
+
+def test_a_token_file_that_is_no_text_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(b"\xff\xfe")
+    assert main(["status", "--api", "tcp://127.0.0.1:9", "--token-file", str(file)]) == 2
+    assert capsys.readouterr().err == f"netstack: {file} holds no token: name the API's token with --token-file\n"
+
+
+@pytest.mark.parametrize("answer", ({}, {"network": 1, "flows": []}))
+def test_an_api_that_is_not_ours_is_one_line(
+    answer: dict[str, object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("netstack.cli.status.ask_api", lambda *given: answer)
+    assert main(["status"]) == 1
+    assert capsys.readouterr().err.startswith("netstack: what answers is not netstack")
+
+
+@pytest.mark.parametrize("command", ("doctor", "doctor --json", "pcap show FILE"))
+def test_results_that_a_full_disk_swallowed_are_a_failure(command: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.pcap"
+    header = bytes.fromhex("d4c3b2a1020004000000000000000000ffff000001000000")
+    file.write_bytes(header + bytes(8) + (60).to_bytes(4, "little") * 2 + bytes(60))
+    arguments = [str(file) if word == "FILE" else word for word in command.split()]
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        ended = subprocess.run(
+            [sys.executable, "-m", "netstack", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=inherited | {"XDG_RUNTIME_DIR": str(tmp_path)},
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == "netstack: standard output: No space left on device; make room, or take another place\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -15,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from netstack.cli import main
-from tests.cli.programs import SECONDS, netstack, running
+from netstack.cli.service import PidFile, ReadyFd
+from tests.cli.programs import SECONDS, environment, netstack, running
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -253,3 +255,89 @@ def test_a_closed_standard_error_is_no_reason_to_end(tmp_path: Path) -> None:
         assert pipe.read() == "ready\n"
     process.terminate()
     assert process.wait(SECONDS) == 0
+
+
+def test_there_may_be_no_standard_error(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    given = ["--link", link(tmp_path), "--api", "none", "--ready-fd", str(write)]
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "netstack", "run", *given],
+        stdin=subprocess.DEVNULL,
+        env=environment(tmp_path),
+        pass_fds=[write],
+    )
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        assert pipe.read() == "ready\n"
+    process.terminate()
+    assert process.wait(SECONDS) == 0
+
+
+def test_sighup_with_the_runtime_directory_gone_ends_nothing(tmp_path: Path) -> None:
+    runtime = tmp_path / "session"
+    runtime.mkdir()
+    file = tmp_path / "n.toml"
+    file.write_text(f'[[link]]\nuri = "{link(tmp_path)}"\n')
+    with running(tmp_path, "run", "-c", str(file), XDG_RUNTIME_DIR=str(runtime)) as run:
+        run.wait_for("ready")
+        shutil.rmtree(runtime)  # as at the end of a login session
+        run.process.send_signal(signal.SIGHUP)
+        assert "No such file or directory" in run.wait_for("the old ones stay")
+        assert run.end() == 0
+
+
+def test_the_pid_file_goes_when_the_sockets_have_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    remove = PidFile.remove
+
+    def look_and_remove(pidfile: PidFile) -> None:
+        seen.append((tmp_path / "guest.sock").exists())
+        remove(pidfile)
+
+    def tell(ready_fd: ReadyFd) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("netstack.cli.service.raise_file_limit", lambda: None)
+    monkeypatch.setattr(PidFile, "remove", look_and_remove)
+    monkeypatch.setattr(ReadyFd, "tell", tell)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    given = ["--link", link(tmp_path), "--api", "none", "--pidfile", str(tmp_path / "n.pid"), "--ready-fd", "2"]
+    assert main(["run", *given]) == 0
+    assert seen == [False]
+    assert not (tmp_path / "n.pid").exists()
+
+
+@pytest.mark.parametrize("kind", (socket.SOCK_STREAM, socket.SOCK_DGRAM), ids=("unconnected", "datagram"))
+def test_a_descriptor_of_the_wrong_kind_is_bad_input(
+    kind: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("netstack.cli.service.raise_file_limit", lambda: None)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with socket.socket(socket.AF_UNIX, kind) as wrong:
+        assert main(["run", "--link", f"fd://{wrong.fileno()}", "--api", "none"]) == 2
+        assert f"descriptor {wrong.fileno()} is not a" in capsys.readouterr().err
+
+
+def test_a_refused_start_leaves_no_api_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("netstack.cli.service.raise_file_limit", lambda: None)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "gone"))  # where the token would go
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    given = ["--link", link(tmp_path), "--api", f"unix://{tmp_path}/api.sock", "--api", "tcp://127.0.0.1:0"]
+    assert main(["run", *given]) == 2
+    assert "No such file or directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*") if path.is_socket()] == []
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_before_it_is_ready_is_a_normal_end_too(number: signal.Signals) -> None:
+    """It comes while the modules are being loaded: in place of the command line's work."""
+    program = f"""
+import os, sys, netstack.cli
+netstack.cli._run = lambda given: os.kill(os.getpid(), {int(number)}) or 7
+sys.argv = ["netstack", "run"]
+sys.exit(netstack.cli.main())
+"""
+    done = subprocess.run((sys.executable, "-c", program), capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

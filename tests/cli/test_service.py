@@ -115,3 +115,38 @@ def test_the_limit_of_open_files_is_raised_to_the_hard_one() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_pid_file_that_cannot_be_leaves_nothing_and_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a directory; name a file"):
+        PidFile(str(tmp_path))
+    path = tmp_path / "n.pid"
+    pidfile = PidFile(str(path))
+    path.mkdir()
+    with pytest.raises(InputError, match=r"n\.pid: Is a directory; name a file"):
+        pidfile.write()
+    pidfile.remove()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_of_two_that_start_together_one_gets_the_pid_file(tmp_path: Path) -> None:
+    path = tmp_path / "n.pid"
+    first, second = PidFile(str(path)), PidFile(str(path))
+    first.write()
+    with pytest.raises(CommandError, match="netstack runs already"):
+        second.write()
+    second.remove()
+    assert path.read_text() == f"{os.getpid()}\n"
+    first.remove()
+
+
+def test_a_pid_file_is_never_written_into_a_file_of_somebody_else(tmp_path: Path) -> None:
+    path = tmp_path / "n.pid"
+    waiting = tmp_path / f".n.pid.{os.getpid()}"
+    waiting.write_text("theirs\n")
+    with waiting.open() as theirs:
+        pidfile = PidFile(str(path))
+        pidfile.write()
+        assert theirs.read() == "theirs\n"
+    pidfile.remove()
+    assert list(tmp_path.iterdir()) == []

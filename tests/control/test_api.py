@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
+import resource
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -184,3 +186,46 @@ def test_the_umask_is_left_alone(tmp_path: Path) -> None:
         assert os.umask(0o022) == 0o022
     finally:
         os.umask(before)
+
+
+def test_a_token_goes_into_a_file_of_our_own_making_or_nowhere(tmp_path: Path) -> None:
+    listener = listen_tcp("127.0.0.1", 0)
+    place = tmp_path / "token"
+    waiting = tmp_path / f".token.{os.getpid()}"
+    waiting.touch()
+    with waiting.open() as theirs:
+        listener.store_token(place)
+        assert theirs.read() == ""
+    place.unlink()
+    place.mkdir()
+    with pytest.raises(ApiError, match="Is a directory"):
+        listener.store_token(place)
+    assert list(tmp_path.iterdir()) == [place]
+    listener.close()
+
+
+async def test_without_descriptors_it_warns_once_and_serves_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "api.sock"
+    stream = io.StringIO()
+    listener = listen_unix(str(path))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with served(Source(), listener, log=Log("info", "json", stream=stream)), client(listener, path) as http:
+        assert (await http.get("/v1/status")).status_code == 200
+        waiting = socket.socket(socket.AF_UNIX)
+        spare = os.open(os.devnull, os.O_RDONLY)
+        os.close(spare)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limits[1]))
+        try:
+            waiting.connect(str(path))
+            await trio.sleep(0.35)  # trio tries again every 0.1 s
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        waiting.close()
+        assert (await http.get("/v1/status")).status_code == 200
+    (line,) = stream.getvalue().splitlines()
+    assert json.loads(line)["event"] == "the API cannot accept requests"
+    assert "Too many open files" in json.loads(line)["error"]
+    assert capfd.readouterr().err == ""
+    assert logging.getLogger("trio.serve_listeners").filters == []

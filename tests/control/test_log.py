@@ -98,6 +98,7 @@ def test_a_log_that_cannot_be_written_is_given_up() -> None:
 def test_there_may_be_no_standard_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     Log("debug", "console").error("nobody hears this")
+    Log("info", "console").warm_up()
 
 
 def test_warnings_are_rate_limited_by_key() -> None:
@@ -126,3 +127,9 @@ def test_importing_the_log_imports_neither_structlog_nor_rich() -> None:
     program = "import sys, netstack.control.log; print(sorted({'structlog', 'rich', 'asyncio'} & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert shown.stdout == "[]\n"
+
+
+def test_a_traceback_cannot_write_to_the_terminal() -> None:
+    stream = io.StringIO()
+    Log("debug", "console", stream=stream, colors=False).warning("bug", traceback="Traceback:\nError: a\x1b[2Jb\r")
+    assert lines_of(stream)[1:] == ["Traceback:", "Error: a\\x1b[2Jb\\r"]

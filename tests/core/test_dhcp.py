@@ -226,6 +226,23 @@ def test_no_guest_releases_for_another() -> None:
     assert len(server.leases.live(2.0)) == 1
 
 
+@pytest.mark.parametrize("kind", ("discover", "request"))
+def test_no_guest_asks_in_the_name_of_one_that_is_there(kind: str) -> None:
+    server = make_server()
+    join(server)
+    message = request(kind, ("hostname", b"mallory"), ("client_id", b"\x00evil"), ("requested_addr", FIRST))
+    assert server.answer(message, OTHER, 1.0, "its own link") is None
+    assert server.counters["dhcp_not_its_own"] == 1
+    (lease,) = server.leases.live(2.0)
+    assert (lease.mac, lease.client_id, lease.name, lease.link) == (MAC, b"", "", "")
+
+
+def test_a_bridge_may_ask_for_a_machine_that_nobody_saw() -> None:
+    server = make_server()
+    server.leases.is_present = lambda mac: mac == OTHER
+    assert ask(server, request("discover"), mac=OTHER).target[0] == MAC
+
+
 def test_decline() -> None:
     server = make_server()
     join(server)

@@ -109,6 +109,32 @@ def test_black_holes_do_not_hold_others_up() -> None:
     established(talk=Talk(world=world, link=link, guest_port=2000))
 
 
+def test_connections_whose_host_has_not_taken_all_still_count() -> None:
+    """They are closed for the guest, and hold a descriptor until the host has read, or LINGER is over."""
+    world = World(limits=Limits(tcp_flows=10, tcp_flows_per_guest=3))
+    for port in range(1, 4):
+        talk = established(talk=Talk(world=world, guest_port=port))
+        talk.host.room = 0
+        talk.host.closes()
+        talk.settle()
+        talk.expect(seg("FA", seq=1))
+        talk.guest(seg("FA", ack=2, data=b"unread"))
+        talk.received()
+        world.advance(world.now + 3)
+        assert talk.state == "CLOSED"
+        assert not talk.host.closed
+    assert len(world.stack.flows) == 0
+    another = Talk(world=world, guest_port=4)
+    another.guest(seg("S"))
+    another.silence()
+    assert world.drops == {"tcp_flows_of_guest": 1}
+    next(world.host.open_sockets()).room = None
+    world.settle()
+    established(talk=Talk(world=world, guest_port=5))
+    world.advance(world.now + 100)
+    assert world.stack.flows._of_link == {another.link: 1}
+
+
 def test_removing_twice_or_in_anothers_place_is_harmless() -> None:
     world = World()
     talk = established(talk=Talk(world=world))

@@ -11,6 +11,8 @@ from scapy.layers.l2 import Ether
 
 from netstack.core.ports import Datagram
 from netstack.wire.arp import write_arp
+from netstack.wire.ipv6 import write_ipv6
+from netstack.wire.ndp import write_neighbor_advertisement
 from tests.frames import ip_frame, tcp_frame, udp_frame
 from tests.script import Talk, established, seg
 from tests.world import (
@@ -297,6 +299,53 @@ def test_a_link_local_source_speaks_only_to_the_gateway() -> None:
     assert world.host.opened == [("tcp", bytes(15) + b"\1", 80)]
 
 
+def _advertisement(target: bytes, extensions: bytes = b"", first: int = 58) -> bytes:
+    """Ethertype, and an IPv6 packet to all nodes with a neighbor advertisement from a guest's link-local address."""
+    src, dst = _packed("fe80::66"), _packed("ff02::1")
+    body = write_neighbor_advertisement(src, dst, target, target_mac=OTHER_MAC, solicited=False)
+    return b"\x86\xdd" + write_ipv6(src, dst, first, len(extensions + body), ttl=255) + extensions + body
+
+
+_OPTIONS = bytes((60, 0, 1, 4, 0, 0, 0, 0))  # destination options: PadN, and more of them behind it
+_LAST_OPTIONS = bytes((58, 0, 1, 4, 0, 0, 0, 0))
+
+
+@pytest.mark.parametrize("tags", (b"", b"\x81\0\0\0", b"\x88\xa8\0\0\x81\0\0\0"), ids=("plain", "tag", "tags"))
+@pytest.mark.parametrize(
+    ("body", "dropped"),
+    (
+        (b"\x08\x06" + write_arp(2, OTHER_MAC, GATEWAY4, GUEST_MAC, GUEST4), True),
+        (b"\x08\x06" + write_arp(2, OTHER_MAC, GUEST4, GUEST_MAC, GUEST4), True),
+        (b"\x08\x06" + write_arp(2, OTHER_MAC, OTHER4, GUEST_MAC, GUEST4), False),
+        (_advertisement(GATEWAY6), True),
+        (_advertisement(GUEST6), True),
+        (_advertisement(OTHER6), False),
+        (_advertisement(GATEWAY6, _LAST_OPTIONS, 60), True),
+        (_advertisement(GATEWAY6, _OPTIONS * 8 + _LAST_OPTIONS, 60), True),
+        (_advertisement(OTHER6, _OPTIONS + _LAST_OPTIONS, 60), False),
+    ),
+    ids=(
+        "arp-gateway",
+        "arp-lease",
+        "arp-own",
+        "na-gateway",
+        "na-lease",
+        "na-own",
+        "na-options",
+        "na-many",
+        "na-honest",
+    ),
+)
+def test_guests_do_not_lie_to_each_other_about_who_is_where(tags: bytes, body: bytes, dropped: bool) -> None:
+    """Neither about the gateway's addresses nor about leased ones, in whatever a kernel looks through."""
+    world = World()
+    world.stack.neighbors.owner_of = lambda address: GUEST_MAC if address in (GUEST4, GUEST6) else None
+    link, victim = world.add_link("link"), world.add_link("victim")
+    for dst in (b"\xff" * 6, GUEST_MAC):
+        world.receive(link, dst + OTHER_MAC + tags + body)
+    assert len(world.take(victim)) == (0 if dropped else 2)
+
+
 # ---- what cannot be read, or is not for us
 
 
@@ -358,6 +407,54 @@ def test_errors_are_limited() -> None:
     world.advance(world.now + 0.1)
     world.receive(link, *[frame] * 150)
     assert len(world.take(link)) == 100
+
+
+def test_the_errors_of_one_guest_are_not_taken_from_anothers() -> None:
+    world = World(oracle=False)
+    noisy, quiet = world.add_link(), world.add_link("quiet")
+    frame = ip_frame(world.mac, GUEST_MAC, GUEST4, WORLD4, 132, b"sctp" * 5)
+    for _ in range(15):
+        world.receive(noisy, *[frame] * 100)
+    world.receive(quiet, ip_frame(world.mac, OTHER_MAC, _packed("192.168.5.16"), WORLD4, 132, b"sctp" * 5))
+    assert len(world.take(quiet)) == 1
+
+
+def _from_a_server(kind: str) -> bytes:
+    """What only the gateway may say to guests."""
+    other = _packed("192.168.5.16")
+    local = _packed("fe80::1234")
+    every = b"\x33\x33\0\0\0\1"
+    if kind == "dhcp":
+        return ip_frame(b"\xff" * 6, OTHER_MAC, other, b"\xff" * 4, 17, b"\0\x43\0\x44\0\x10\0\0" + bytes(8))
+    if kind == "dhcp with options":
+        packet = b"\x46\0\0\x28\0\0\0\0\x40\x11\0\0" + other + b"\xff" * 4 + b"\1" * 4
+        return b"\xff" * 6 + OTHER_MAC + b"\x08\0" + packet + b"\0\x43\0\x44\0\x10\0\0" + bytes(8)
+    if kind == "dhcpv6":
+        return ip_frame(every, OTHER_MAC, local, _packed("ff02::1"), 17, b"\x02\x23\x02\x22\0\x10\0\0" + bytes(8))
+    first = {"router advertisement": 134, "redirect": 137}[kind]
+    return ip_frame(every, OTHER_MAC, local, _packed("ff02::1"), 58, bytes((first, 0, 0, 0)) + bytes(36))
+
+
+@pytest.mark.parametrize("kind", ("dhcp", "dhcp with options", "dhcpv6", "router advertisement", "redirect"))
+def test_a_guest_cannot_play_the_gateway_to_others(kind: str) -> None:
+    """One answer of a DHCP server, one router advertisement (RFC 6105), and what others send goes through it."""
+    world = World(oracle=False)
+    rogue, victim = world.add_link(), world.add_link("victim")
+    world.receive(rogue, _from_a_server(kind))
+    assert world.take(victim) == []
+    assert world.drops["source_not_its_own"] == 1
+
+
+def test_what_guests_may_say_to_each_other_passes() -> None:
+    """The clients' half of the same protocols; and UDP from a port that only looks like a server's in a fragment."""
+    world = World(oracle=False)
+    one, other = world.add_link(), world.add_link("other")
+    src = _packed("192.168.5.16")
+    world.receive(one, ip_frame(b"\xff" * 6, OTHER_MAC, src, b"\xff" * 4, 17, b"\0\x44\0\x43\0\x10\0\0" + bytes(8)))
+    assert len(world.take(other)) == 1
+    router = _packed("fe80::1234"), _packed("ff02::2")
+    world.receive(one, ip_frame(b"\x33\x33\0\0\0\2", OTHER_MAC, *router, 58, b"\x85\0\0\0" + bytes(4)))
+    assert len(world.take(other)) == 1
 
 
 def test_multicast_and_broadcast_are_not_forwarded_to_the_host() -> None:

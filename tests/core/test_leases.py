@@ -6,7 +6,7 @@ import operator
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from netstack.core.guest_names import clean_name
@@ -45,6 +45,25 @@ def test_the_first_guest_is_15_in_both_families() -> None:
     lease = join(table(), 1, 0.0)
     assert lease.address == address(15)
     assert lease.address6 == bytes.fromhex("fd00c0a8000500000000000000000015")
+
+
+def test_an_address_that_another_guest_uses_without_a_lease_is_passed_over() -> None:
+    """RFC 2131 3.1: a server SHOULD probe before it gives an address away; who set it by hand was here first."""
+    taken = {address(15): mac(9), address(17): mac(9)}
+    leases = table(is_in_use=lambda at, asker: at in taken and taken[at] != asker)
+    assert [join(leases, number, 0.0).host for number in range(2)] == [16, 18]
+    assert join(leases, 9, 0.0).host == 15
+
+
+def test_a_guest_that_claims_all_addresses_does_not_keep_others_from_theirs() -> None:
+    asked = []
+
+    def is_in_use(at: bytes, _: bytes) -> bool:
+        asked.append(at)
+        return True
+
+    assert join(table(is_in_use=is_in_use), 1, 0.0).host == 15
+    assert len(asked) == 64
 
 
 def test_guests_get_consecutive_addresses() -> None:
@@ -189,6 +208,21 @@ def test_declining_everything_takes_a_quarter_of_the_pool_at_most() -> None:
     held = [lease for lease in leases if lease.quarantined_until > 7.0]
     assert len(held) == 240 // 4
     assert join(leases, 9999, 8.0).host not in {lease.host for lease in held}
+
+
+def test_an_address_may_be_declined_again_while_the_quarantine_is_full() -> None:
+    leases = table()
+    declined = []
+    for number in range(240 // 4):
+        lease = leases.offer(mac(number), 0.0)
+        assert lease is not None
+        declined.append(lease.address)
+        leases.decline(mac(number), lease.address, 0.0)
+    # The one that would have to make room is the very one.
+    assert leases.decline(mac(0), declined[0], 1.0) is not None
+    assert leases.find_address(declined[0]) is not None
+    later = 2.0 + QUARANTINE_TIME
+    assert [join(leases, number, later).host for number in (1000, 1001)] == [15, 16]
 
 
 def test_a_declined_ipv6_address_is_replaced_and_ipv4_stays() -> None:
@@ -355,6 +389,27 @@ def test_new_settings_move_guests_when_they_ask_again() -> None:
     assert join(leases, 1, 2.0).host in (16, 17)
 
 
+def test_an_address_that_the_settings_let_go_is_given_out_again() -> None:
+    leases = table(28, statics=[StaticLease(mac(1), address(5)), StaticLease(mac(2), address(6))])
+    join(leases, 1, 0.0)
+    assert leases.offer(mac(2), 0.0) is not None
+    leases.set_statics(())
+    assert leases.bind(mac(3), address(5), 2.0 * LEASE_TIME) is not None
+    given = [leases.offer(mac(number), 2.0 * LEASE_TIME) for number in range(4, 15)]
+    assert 6 in {lease.host for lease in given if lease is not None}
+
+
+def test_an_address_that_the_settings_keep_now_goes_to_no_stranger() -> None:
+    leases = table(29)
+    guests = {join(leases, number, 0.0).host: number for number in range(4)}
+    leases.set_statics([StaticLease(mac(guests[1]), address(1)), StaticLease(mac(99), address(4))])
+    later = 2.0 * LEASE_TIME
+    offers = [leases.offer(mac(number), later) for number in range(10, 14)]
+    assert {lease.host for lease in offers if lease is not None} == {5, 6}
+    assert join(leases, guests[1], later).host == 1
+    assert join(leases, 99, later).host == 4
+
+
 def test_ipv6_alone_makes_a_record_and_ipv4_joins_it() -> None:
     leases = table()
     tentative = leases.bind6(mac(1), 0.0, duid=b"duid", commit=False)
@@ -396,6 +451,8 @@ def test_names() -> None:
         ("x\0y", "x"),
         ("<script>", "script"),
         ("../../etc", ""),
+        ("wpad", ""),
+        ("ISATAP.corp.example", ""),
     ),
 )
 def test_names_are_cleaned(raw: str | bytes, clean: str) -> None:
@@ -403,6 +460,7 @@ def test_names_are_cleaned(raw: str | bytes, clean: str) -> None:
 
 
 @given(st.one_of(st.text(), st.binary()))
+@example("\u0130" * 63)  # each of them is two characters in lower case
 def test_any_name_becomes_a_label_or_nothing(raw: str | bytes) -> None:
     name = clean_name(raw)
     assert len(name) <= 63
@@ -432,6 +490,16 @@ def test_the_version_grows_with_what_is_worth_saving() -> None:
     leases.bind(mac(1), address(15), 0.0)
     assert leases.version == 1
     leases.release(mac(1), address(15), 0.0)
+    assert leases.version == 2
+
+
+def test_the_end_of_a_lease_is_told_once() -> None:
+    seen: list[str] = []
+    leases = table(on_event=lambda what, lease: seen.append(what))
+    join(leases, 1, 0.0)
+    for now in (1.0, 2.0, 3.0):
+        assert leases.release(mac(1), address(15), now) is not None
+    assert seen == ["offered", "bound", "released"]
     assert leases.version == 2
 
 
@@ -501,6 +569,7 @@ GOOD = {
         {"expires": math.nan},
         {"expires": math.inf},
         {"expires": "soon"},
+        {"expires": 10**400},
     ),
 )
 def test_bad_entries_are_left_out(change: dict[str, object]) -> None:

@@ -136,12 +136,15 @@ def test_news_is_told_soon_but_not_more_than_every_three_seconds() -> None:
 
 def test_solicitations_without_an_address_are_answered_to_all_and_rarely() -> None:
     recorder = Recorder()
-    (answer,) = recorder.hear(RS_UNSPECIFIED, src=UNSPECIFIED, now=50.0)
+    # Not the answer to this one guest's frame, which goes to its link alone: due at once, on all links.
+    assert recorder.hear(RS_UNSPECIFIED, src=UNSPECIFIED, now=50.0) == []
+    assert recorder.ndp.due_at <= 50.0
+    (answer,) = recorder.ndp.on_timer(50.0)
     assert answer[1:3] == (ALL_NODES, ALL_NODES_MAC)
     sent = 0
     for step in range(1, 300):
         now = 50.0 + step / 10
-        sent += len(recorder.hear(RS_UNSPECIFIED, src=UNSPECIFIED, now=now))
+        assert recorder.hear(RS_UNSPECIFIED, src=UNSPECIFIED, now=now) == []
         sent += len(recorder.ndp.on_timer(now))
     assert sent == 9  # in 29.9 s
     assert recorder.neighbors == []

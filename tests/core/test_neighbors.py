@@ -137,6 +137,20 @@ def test_the_table_is_bounded_and_forgets_the_oldest() -> None:
     assert bench.neighbors.find(GUEST4[:3] + bytes((100,))) is None
 
 
+def test_a_flood_of_addresses_pushes_out_only_those_of_its_own_link() -> None:
+    """Another guest's address that nobody leased would be free to take, once it is forgotten."""
+    bench = Bench(Limits(neighbors=10))
+    two = bench.world.add_link("two")
+    bench.answer()
+    for i in range(50):
+        bench.answer(GUEST4[:3] + bytes((100 + i,)), OTHER_MAC, two)
+    bench.answer(GUEST4, OTHER_MAC, two)
+    neighbor = bench.neighbors.find(GUEST4)
+    assert neighbor is not None
+    assert neighbor.mac == GUEST_MAC
+    assert len(bench.neighbors.all()) == 10
+
+
 def test_guests_of_a_lost_link_are_forgotten(bench: Bench) -> None:
     two = bench.world.add_link("two")
     bench.answer()
@@ -171,7 +185,7 @@ def test_a_new_link_hears_who_the_gateway_is(bench: Bench) -> None:
     """Gratuitous ARP (RFC 5227 3), so that a guest that knew another gateway learns ours."""
     link = FakeLink("new")
     bench.world.links.append(link)
-    bench.world.stack.add_link(link)
+    bench.world.stack.add_link(link, bench.world.now)
     bench.world.stack.flush()
     packets = [parse_arp(frame, 14, 42) for frame in bench.world.take(link)]
     addresses = bench.world.stack.addresses

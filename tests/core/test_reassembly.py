@@ -255,7 +255,7 @@ class TestRefused:
             (60, b"\x11\0\1\4\0\0\0\0" + bytes(8), True),  # destination options, then UDP
             (60, b"\x11\0\1\4\0\0\0\0", False),  # UDP in the next piece
             (60, b"\x11\1\1\4\0\0\0\0", False),  # the options themselves go on in the next piece
-            (44, bytes(16), False),  # a fragment in a fragment
+            (44, b"\x11" + bytes(15), False),  # a fragment in a fragment
             (60, b"\x3c\0\1\4\0\0\0\0" * 9, False),
             (132, bytes(8), True),
         ),
@@ -288,6 +288,18 @@ class TestBounds:
                 assert bench.reassembly.cost <= 1 << 20
         assert isinstance(victim, FakeLink)
         assert bench.add(piece(GUEST4, WORLD4, 8, b"x", more=False), victim) is not None
+
+    def test_a_late_link_gets_its_part_of_what_others_filled(self, bench: Bench) -> None:
+        bench.stack.limits.reassembly_bytes = 1 << 20
+        for link in [FakeLink(str(number)) for number in range(4)]:
+            for ident in range(150):
+                bench.add(piece(GUEST4, WORLD4, 8, bytes(1400), more=True, ident=ident), link)
+        late = FakeLink("late")
+        for ident in range(50):
+            bench.add(piece(GUEST4, WORLD4, 8, bytes(1400), more=True, ident=ident), late)
+        for ident in range(50):
+            bench.add(piece(GUEST4, WORLD4, 0, bytes(8), more=True, ident=ident), late)
+            assert bench.add(piece(GUEST4, WORLD4, 1408, b"x", more=False, ident=ident), late) is not None
 
     def test_one_large_datagram_fits_even_a_small_share(self, bench: Bench) -> None:
         bench.stack.limits.reassembly_bytes = 1 << 19

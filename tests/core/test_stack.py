@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from netstack.core.ports import Buffer, TcpServiceCall
+from netstack.core.ports import Buffer, Handler, TcpServiceCall
 from netstack.core.stack import ACK_DELAY
-from tests.fakes import FakeLink, FakeSocket
+from tests.fakes import FakeLink, FakeSocket, oserror
 from tests.frames import Seg, read_segment, udp_frame
 from tests.script import Talk, established, seg
 from tests.world import GATEWAY4, GUEST4, GUEST_MAC, OTHER4, OTHER_MAC, WORLD4, World
@@ -38,7 +39,7 @@ def _slow_world() -> World:
     world = World()
     link = SlowLink()
     world.links.append(link)
-    world.stack.add_link(link)
+    world.stack.add_link(link, world.now)
     world.stack.flush()
     world.take(link)
     return world
@@ -181,6 +182,22 @@ def test_a_tcp_service_that_takes_no_more() -> None:
     assert len(world.stack.flows) == 0
 
 
+def test_a_poller_that_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """epoll_ctl() fails with ENOSPC at fs.epoll.max_user_watches: that connection is refused, and nothing is left."""
+    world = World()
+
+    def register(fd: int, handler: Handler, events: int) -> None:
+        raise oserror(errno.ENOSPC)
+
+    monkeypatch.setattr(world.poller, "register", register)
+    talk = Talk(world=world)
+    talk.guest(seg("S"))
+    assert [each.bits for each in talk.received()] == [0x14]
+    assert len(world.stack.flows) == 0
+    assert list(world.host.open_sockets()) == []
+    assert world.drops == {"tcp_host_exhausted": 1}
+
+
 def test_a_link_that_fails_while_flushed_does_not_keep_the_others_from_it() -> None:
     world = World()
     links = [world.add_link(str(i)) for i in range(3)]
@@ -219,7 +236,7 @@ def test_a_link_that_fails_under_a_syn_ack_takes_the_flow_along() -> None:
     link = FailingLink()
     link.world = world
     world.links.append(link)
-    world.stack.add_link(link)
+    world.stack.add_link(link, world.now)
     world.stack.flush()
     world.take(link)
     world.host.connects = False

@@ -136,6 +136,29 @@ def test_a_flood_of_macs_is_bounded_and_keeps_those_that_speak(bench: Bench) -> 
     assert switch.find(OTHER_MAC, now) is bench.two
 
 
+def test_a_flood_of_macs_pushes_out_only_those_of_its_own_link(bench: Bench) -> None:
+    """Faster than the others are heard from again, so that their MACs are older than all of the flood's."""
+    switch = bench.world.stack.switch
+    now = bench.world.now
+    switch.learn(OTHER_MAC, bench.two, now)
+    for i in range(2 * _TABLE):
+        switch.learn(b"\x02" + i.to_bytes(5, "big"), bench.one, now)
+    assert len(switch.macs()) == _TABLE
+    assert not switch.learn(OTHER_MAC, bench.one, now + 1)  # the flood was for this
+    assert switch.find(OTHER_MAC, now + 1) is bench.two
+
+
+def test_what_a_lost_link_still_says_is_not_learnt(bench: Bench) -> None:
+    """It closed amid a batch; its guest would be locked out when it comes back on another link."""
+    bench.world.remove_link(bench.one)
+    bench.send(bench.one, bench.world.mac)
+    assert bench.world.drops == {"link_gone": 1}
+    assert bench.world.stack.switch.macs() == {}
+    assert bench.world.stack.neighbors.find(GUEST4) is None
+    bench.send(bench.three, bench.world.mac)
+    assert bench.world.stack.switch.macs() == {GUEST_MAC: bench.three}
+
+
 def test_a_link_of_a_smaller_mtu_does_not_get_larger_frames() -> None:
     world = World()
     big, small = world.add_link("big", mtu=9000), world.add_link("small", mtu=1500)

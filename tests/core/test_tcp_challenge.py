@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from netstack.core.tcp import _CHALLENGE_ACKS
+from tests.frames import Seg
 from tests.script import established, seg
 
 
@@ -55,6 +58,27 @@ def test_challenge_acks_are_limited() -> None:
     talk.wait(1)
     talk.guest(seg("S", seq=100))
     talk.expect(seg("A", seq=1, ack=1))
+
+
+@pytest.mark.parametrize("seq", (-5, 100_000_000))
+def test_acks_outside_the_window_are_answered_in_a_limited_number(seq: int) -> None:
+    """Two ends that do not agree on the numbers would answer each other's ACKs for ever."""
+    talk = established()
+    sent = 0
+    for _ in range(50):
+        talk.guest(seg("A", seq=seq))
+        sent += len(talk.received())
+    assert sent == _CHALLENGE_ACKS
+    assert talk.drops == {"tcp_challenge_limited": 50 - _CHALLENGE_ACKS}
+
+
+@pytest.mark.parametrize("segment", (seg("A", seq=-5, data=b"abc"), seg("FA", seq=-5)))
+def test_data_and_fin_outside_the_window_are_always_answered(segment: Seg) -> None:
+    """They ask for an answer that was lost, and an ACK is not answered with them."""
+    talk = established()
+    for _ in range(50):
+        talk.guest(segment)
+        talk.expect(seg("A", seq=1, ack=1))
 
 
 def test_a_batch_of_challenges_is_answered_once() -> None:

@@ -162,6 +162,48 @@ def test_fin_behind_a_gap_is_not_taken() -> None:
     assert talk.state == "CLOSE_WAIT"
 
 
+def test_fin_behind_a_gap_is_remembered() -> None:
+    """RFC 9293 3.10.7.4: a FIN that overtook data need not come again when the gap is filled."""
+    talk = established()
+    talk.guest(seg("FA", seq=4, data=b"def"))
+    talk.expect(seg("A", ack=1))
+    talk.silence()
+    assert talk.state == "ESTABLISHED"
+    talk.guest(seg("A", seq=1, data=b"abc"))
+    talk.host.takes(b"abcdef")
+    assert talk.host.shut
+    assert talk.state == "CLOSE_WAIT"
+    talk.expect(seg("A", ack=8))
+    talk.silence()
+    assert talk.world.stack.bytes_out_of_order == 0
+
+
+def test_a_remembered_fin_without_data_ends_what_the_host_ended_before() -> None:
+    talk = fin_wait_2()
+    talk.guest(seg("FA", seq=4, ack=2))
+    talk.expect(seg("A", ack=1))
+    talk.guest(seg("FA", seq=4, ack=2))
+    talk.expect(seg("A", ack=1))
+    talk.guest(seg("A", seq=1, ack=2, data=b"abc"))
+    talk.host.takes(b"abc")
+    talk.expect(seg("A", seq=2, ack=5))
+    assert talk.state == "TIME_WAIT"
+    assert talk.host.closed
+
+
+@pytest.mark.parametrize("data", (b"abcd", b"abcdefgh"))
+def test_a_remembered_fin_that_was_a_lie_is_forgotten(data: bytes) -> None:
+    """The guest sends data beyond its FIN, into the gap before it."""
+    talk = established()
+    talk.guest(seg("FA", seq=4))
+    talk.received()
+    talk.guest(seg("A", seq=1, data=data))
+    talk.host.takes(data)
+    talk.received()
+    assert talk.state == "ESTABLISHED"
+    assert talk.world.stack.bytes_out_of_order == 0
+
+
 def test_fin_outside_the_window_is_not_taken() -> None:
     talk = established(scale=None, mtu=65520, mss=65480)
     talk.host.room = 0
@@ -206,6 +248,23 @@ def test_fin_that_is_never_acknowledged_ends_in_a_reset() -> None:
     assert got[-1].bits == 0x14
     assert [each.bits for each in got].count(0x11) == 12
     assert talk.state == "CLOSED"
+
+
+def test_fin_has_all_its_tries_after_a_window_that_was_closed_for_long() -> None:
+    talk = established()
+    talk.guest(seg("A", win=0))
+    talk.host.sends(b"x")
+    talk.settle()
+    for _ in range(9):
+        talk.world.advance(talk.flow.rtx_at)
+        talk.expect(seg("A", seq=0))
+        talk.guest(seg("A", win=0))
+    talk.host.inbox.clear()
+    talk.host.closes()
+    talk.guest(seg("A"))
+    talk.settle()
+    talk.world.advance(talk.world.now + 1000)
+    assert [each.bits for each in talk.received()].count(0x11) == 13
 
 
 def test_an_ack_of_the_data_only_is_not_one_of_the_fin() -> None:

@@ -197,6 +197,21 @@ def test_the_time_of_a_repeated_syn_ack_is_not_measured() -> None:
     assert talk.flow.srtt == 0.0
 
 
+def test_the_time_of_a_syn_ack_that_the_guest_asked_for_again_is_not_measured() -> None:
+    """RFC 6298 section 3: the ACK may be that of the first one."""
+    talk = Talk()
+    talk.guest(seg("S", seq=0, mss=1460))
+    talk.expect(seg("SA"))
+    talk.at(0.9)
+    talk.guest(seg("S", seq=0, mss=1460))
+    talk.expect(seg("SA"))
+    talk.at(0.91)
+    talk.next = 1
+    talk.guest(seg("A", ack=1))
+    assert talk.state == "ESTABLISHED"
+    assert talk.flow.srtt == 0.0
+
+
 def test_the_handshake_gives_the_first_rtt() -> None:
     """RFC 6298 2.2: RTO is SRTT + 4 RTTVAR, three times the first measurement, within its bounds."""
     talk = Talk()
@@ -298,6 +313,7 @@ def test_a_wrong_ack_of_the_syn_ack_is_reset(ack: int) -> None:
     talk.expect(seg("SA"))
     talk.guest(seg("A", ack=ack))
     talk.expect(seg("R", seq=ack))
+    assert talk.world.stack.counters.tcp_resets_sent == 1
     assert talk.state == "SYN_RECEIVED"
     talk.guest(seg("A", ack=1))
     assert talk.state == "ESTABLISHED"

@@ -144,6 +144,41 @@ def test_the_guest_comes_back_on_another_link_and_goes_on() -> None:
     assert talk.state == "ESTABLISHED"
 
 
+@pytest.mark.parametrize("in_flight", (b"", b"what it had not got yet"), ids=("idle", "in flight"))
+def test_a_guest_that_comes_back_and_has_nothing_to_say_is_asked_for(in_flight: bytes) -> None:
+    """It only receives, so its kernel sends nothing by itself: not to us, and not to anybody."""
+    talk = established()
+    if in_flight:
+        talk.host.sends(in_flight)
+        talk.settle()
+        talk.expect(seg("PA", seq=1))
+    _come_back(talk, 5)  # the first question is asked here
+    talk.wait(1.5)  # it has no address yet; and again
+    asked = [frame for frame in talk.world.take(talk.link) if frame[12:14] == b"\x08\x06"]
+    assert asked
+    assert asked[-1][38:42] == talk.address
+    answer = write_arp(2, talk.mac, talk.address, talk.world.mac, talk.world.stack.addresses.gateway)
+    talk.world.receive(talk.link, talk.world.mac + talk.mac + b"\x08\x06" + answer)
+    talk.wait(0.01)
+    talk.expect(
+        seg("PA", seq=1, data=in_flight) if in_flight else seg("A", seq=0), *([seg("A", seq=0)] if in_flight else [])
+    )
+    talk.guest(seg("A", ack=1 + len(in_flight)))
+    talk.host.sends(b"after")
+    talk.settle()
+    talk.expect(seg("PA", seq=1 + len(in_flight), data=b"after"))
+
+
+def test_a_lost_guest_is_asked_for_once_however_many_flows_it_has() -> None:
+    talk = established()
+    others = [established(world=talk.world, link=talk.link, guest_port=50_000 + i) for i in range(20)]
+    _come_back(talk, 1)
+    talk.wait(1.5)
+    asked = [frame for frame in talk.world.take(talk.link) if frame[12:14] == b"\x08\x06"]
+    assert len(asked) == 1
+    assert len(others) == 20
+
+
 def test_the_frames_of_a_flow_that_moved_fit_its_new_link() -> None:
     talk = established(mtu=9000, mss=8960)
     talk.world.remove_link(talk.link)

@@ -143,6 +143,25 @@ def test_cancelled_entries_are_swept_out(timers: Timers) -> None:
     assert [len(owner.woken) for owner in owners[-11:]] == [0] + [1] * 10
 
 
+def test_deadlines_that_move_to_and_fro_do_not_pile_up(timers: Timers) -> None:
+    """A flow that speaks once a second has two: 0.2 s and minutes away. None of them ends, so nobody cancels."""
+    owners = [Owner(timers) for _ in range(200)]
+    now = 0.0
+    for _ in range(100):
+        now += 1.0
+        for owner in owners:
+            owner.again = [1e6]
+            timers.arm(owner, now + 0.2)
+        timers.run(now + 0.5)
+    assert len(timers) <= 2 * _SWEEP_MINIMUM + 2 * len(owners)
+    assert all(len(owner.woken) == 100 for owner in owners)
+    for owner in owners:
+        owner.woken.clear()
+        assert (owner.timer_at, owner.heap_at) == (1e6, 1e6)
+    timers.run(1e6)
+    assert all(owner.woken == [1e6] for owner in owners)
+
+
 def test_a_sweep_while_running(timers: Timers) -> None:
     """on_timer closes thousands of others."""
     victims = [Owner(timers) for _ in range(3 * _SWEEP_MINIMUM)]

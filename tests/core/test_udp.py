@@ -785,6 +785,17 @@ class TestPaths:
         bench.udp.close_all(bench.now)
         assert not bench.udp.paths
 
+    def test_there_is_none_where_the_link_turned_out_to_be_gone(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The guest is to hear of a refusal, and its link closes at that moment."""
+        bench.send(GUEST4, 4000, WORLD4, 7)
+        bench.sock(GUEST4, 4000).failures.append(OSError(errno.EHOSTUNREACH, "no"))
+        monkeypatch.setattr(bench.stack, "send_error", lambda *_: bench.udp.close_link(bench.link, bench.now))
+        bench.send(GUEST4, 4000, WORLD4, 8)
+        assert not bench.udp.flows
+        assert not bench.udp.paths
+
     def test_an_answer_is_let_in_as_long_as_the_guest_asks(self, bench: Bench) -> None:
         """Also when so many others were asked in between that the first is forgotten."""
         bench.send(GUEST4, 4000, WORLD4, 7)

@@ -46,7 +46,7 @@ class Side:
         self.poller = FakePoller()
         self.stack = Stack(where, self.host, self.poller, secret=b"a secret")
         self.link = FakeLink("wire", mtu)
-        self.stack.add_link(self.link)
+        self.stack.add_link(self.link, 0.0)
         self.stack.flush()
         self.link.frames.clear()
         self.sent = 0

@@ -55,7 +55,7 @@ class Side:
         self.host.segments = True
         self.stack = Stack(addresses(), self.host, FakePoller())
         self.link = QuietLink()
-        self.stack.add_link(self.link)
+        self.stack.add_link(self.link, 0.0)
 
     def receive(self, frames: list[bytes], now: float) -> None:
         buffer = memoryview(b"".join(frames))

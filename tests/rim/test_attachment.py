@@ -141,9 +141,18 @@ async def test_a_file_in_the_way_is_left_alone(bench: Bench, tmp_path: Path) -> 
     assert path.read_text() == "mine"
 
 
+async def test_a_live_socket_of_another_kind_is_left_alone(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(path))
+        with pytest.raises(OSError, match=f"cannot listen at {path}"):
+            await StreamListener("unix://journal", bench.factory, path=str(path)).open()
+    assert path.is_socket()
+
+
 async def test_a_path_that_cannot_be(bench: Bench, tmp_path: Path) -> None:
-    for path in (tmp_path / "no" / "such" / "directory", tmp_path / ("x" * 200)):
-        with pytest.raises(OSError, match="cannot listen at"):
+    for path, why in ((tmp_path / "no" / "such" / "directory", "No such file"), (tmp_path / ("x" * 200), "too long")):
+        with pytest.raises(OSError, match=f"cannot listen at {path}: .*{why}"):
             await StreamListener("unix://guests", bench.factory, path=str(path)).open()
 
 

@@ -51,7 +51,7 @@ class Road:
         self.links = []
         for stack, sock in ((self.gateway, one), (self.guest, two)):
             link = StreamLink("wire", sock, mtu, self.poller, stack.receive_frames)
-            stack.add_link(link)
+            stack.add_link(link, monotonic())
             self.links.append(link)
         self.guest.neighbors.learn(self.links[1], where.mac, GATEWAY4, monotonic())
         self.refused: list[int] = []

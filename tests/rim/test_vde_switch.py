@@ -257,6 +257,21 @@ async def test_the_directory_is_private_and_goes_with_the_switch(tmp_path: Path)
     bench.poller.close()
 
 
+async def test_the_directory_goes_also_when_the_switch_closes_with_a_guest_plugged_in(tmp_path: Path) -> None:
+    """Its port's socket is there until its task ends, after close()."""
+    bench = Bench(tmp_path / "switch")
+    await bench.switch.open()
+    async with running(bench.poller, bench.factory.flush) as nursery:
+        nursery.start_soon(bench.switch.run)
+        plug = bench.plug()
+        assert await plug.plug()
+        bench.switch.close()
+        nursery.cancel_scope.cancel()
+    plug.close()
+    bench.poller.close()
+    assert not bench.directory.exists()
+
+
 async def test_a_directory_that_was_there_stays(tmp_path: Path) -> None:
     """Ports of a switch that did not clean up go, other files do not."""
     directory = tmp_path / "switch"

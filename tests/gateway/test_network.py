@@ -1,0 +1,127 @@
+"""A running network between no guests: its settings, its lease file, its log. No packet is sent."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import trio
+
+import netstack
+from netstack.control.log import Log
+from netstack.host import state
+
+MAC = bytes.fromhex("525400123456")
+SECONDS = 10.0  # a deadline, never a time that is waited
+
+
+def settings(tmp_path: Path) -> netstack.Config:
+    return netstack.Config(network={"subnet": "10.98.7.0/24"}, state={"dir": tmp_path / "state"})
+
+
+def give_lease(network: netstack.Network, mac: bytes) -> None:
+    now = time.monotonic()
+    lease = network.leases.offer(mac, now)
+    assert lease is not None
+    assert network.leases.bind(mac, lease.address, now) is not None
+
+
+async def test_leases_are_written_again_when_the_disk_has_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("netstack.gateway.network._SAVE_DELAY", 0.01)
+    monkeypatch.setattr("netstack.gateway.network._SAVE_AGAIN", 0.01)
+    write = state.write_json
+    tries = 0
+
+    def write_when_there_is_room(path: Path, data: object) -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(state, "write_json", write_when_there_is_room)
+    stream = io.StringIO()
+    async with netstack.open_network(settings(tmp_path), log=Log("info", "json", stream=stream)) as network:
+        give_lease(network, MAC)
+        file = tmp_path / "state" / "leases-10.98.7.0-24.json"
+        with trio.fail_after(SECONDS):
+            while not file.exists():  # noqa: ASYNC110 # written by a thread
+                await trio.sleep(0.01)
+        assert "52:54:00:12:34:56" in file.read_text()
+    warnings = [line for line in map(json.loads, stream.getvalue().splitlines()) if line["level"] == "warning"]
+    assert [(line["event"], line["error"]) for line in warnings] == [
+        ("cannot keep the leases", "No space left on device")
+    ]
+
+
+async def test_a_slow_disk_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("netstack.gateway.network._SAVE_DELAY", 0.01)
+    where: list[threading.Thread] = []
+    monkeypatch.setattr(state, "write_json", lambda path, data: where.append(threading.current_thread()))
+    async with netstack.open_network(settings(tmp_path), log=Log("error")) as network:
+        give_lease(network, MAC)
+        with trio.fail_after(SECONDS):
+            while not where:  # noqa: ASYNC110 # filled by a thread
+                await trio.sleep(0.01)
+        assert where[0] is not threading.main_thread()
+
+
+async def test_a_trouble_that_repeats_is_told_once(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    async with netstack.open_network(settings(tmp_path), log=Log("info", "json", stream=stream)) as network:
+        for link in ("a", "a", "b", "a"):
+            network._links.tell("cannot accept a guest", link=link, error="Too many open files")
+    assert [json.loads(line)["link"] for line in stream.getvalue().splitlines()] == ["a", "b"]
+
+
+async def test_guests_cannot_flood_the_log_with_leases(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    async with netstack.open_network(settings(tmp_path), log=Log("info", "json", stream=stream)) as network:
+        for number in range(200):
+            give_lease(network, MAC[:5] + bytes([number]))
+    lines = [json.loads(line)["event"] for line in stream.getvalue().splitlines()]
+    assert lines.count("lease") == 50
+    assert lines.count("too many changes of leases to show them all") == 1
+
+
+async def test_what_a_reload_cannot_change_is_told_each_time(tmp_path: Path) -> None:
+    async with netstack.open_network(settings(tmp_path), log=Log("error")) as network:
+        fresh = netstack.Config(
+            network={"subnet": "10.98.7.0/24"},
+            state={"dir": tmp_path / "state"},
+            log={"level": "error", "format": "json"},
+            dns={"nameservers": ["192.0.2.1"], "resolv_conf": "/gone"},
+        )
+        for _ in range(2):
+            assert sorted(network.reload(fresh)) == ["dns.resolv_conf", "log.format"]
+        assert network.config.dns.nameservers == ("192.0.2.1",)
+
+
+async def test_a_guest_cannot_attach_again_through_the_gateway(tmp_path: Path) -> None:
+    async with netstack.open_network(settings(tmp_path), log=Log("error")) as network:
+        link = await network.attach("tcp://127.0.0.1:0")
+        port = int(link.address.rpartition(":")[2])  # type: ignore[attr-defined]
+        assert network.stack.is_protected(port)
+
+
+async def test_a_refused_start_leaves_an_old_capture_as_it_was(tmp_path: Path) -> None:
+    capture = tmp_path / "old.pcapng"
+    capture.write_text("precious")
+    config = netstack.Config(network={"subnet": "10.98.7.0/24"}, pcap={"file": capture})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("netstack.gateway.network.choose_addresses", _refuse)
+        with pytest.raises(netstack.ConfigError):
+            async with netstack.open_network(config, log=Log("error")):
+                pass
+    assert capture.read_text() == "precious"
+
+
+def _refuse(config: netstack.Config, log: Log) -> None:
+    raise netstack.ConfigError("taken")
