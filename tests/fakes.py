@@ -13,7 +13,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from netstack.core.ports import FAILED, HUNG_UP, READABLE, WRITABLE, Buffer, Capture, DrainWaiter, Handler, HostSocket
+from netstack.core.ports import (
+    FAILED,
+    HUNG_UP,
+    PEER_CLOSED,
+    READABLE,
+    WRITABLE,
+    Buffer,
+    Capture,
+    DrainWaiter,
+    Handler,
+    HostSocket,
+    Offload,
+)
+from netstack.wire import virtio_net
+from netstack.wire.virtio_net import VirtioNet, parse_virtio_net
 from tests.core.ip_fakes import FakeDatagramSocket
 
 if TYPE_CHECKING:
@@ -141,6 +155,16 @@ class FakeSocket:
         del self.inbox[:n]
         return n
 
+    def recvmsg_into(self, buffers: list[memoryview], /) -> tuple[int, Any, int, Any]:
+        data = bytearray(sum(map(len, buffers)))
+        n = self.recv_into(data, len(data))
+        at = 0
+        for each in buffers:
+            part = data[at : min(at + len(each), n)]
+            each[: len(part)] = part
+            at += len(part)
+        return n, [], 0, None
+
     def _use(self) -> None:
         assert not self.closed, "used after close()"
         assert self.connected, "used before it was connected"
@@ -246,18 +270,31 @@ class FakePoller:
         for sock in sockets:
             if not sock.closed and sock.fd in self.handlers:
                 events = sock.readiness() & (self.events[sock.fd] | FAILED | HUNG_UP)
+                if events & READABLE and sock.eof:
+                    events |= PEER_CLOSED
                 if events:
                     found.append((sock.fd, self.handlers[sock.fd], events))
         return found
 
 
-class FakeLink:
-    """A link that keeps what is flushed; `stuck`: the guest does not read, and everything stays queued."""
+class OffloadFrame(bytes):
+    """A frame with the virtio-net header that stood before it."""
 
-    def __init__(self, name: str = "link", mtu: int = 1500, prefix: int = 4) -> None:
+    header: VirtioNet
+
+
+class FakeLink:
+    """A link that keeps what is flushed; `stuck`: the guest does not read, and everything stays queued.
+
+    With `offload` the prefix is a virtio-net header, and the frames are OffloadFrames.
+    """
+
+    def __init__(self, name: str = "link", mtu: int = 1500, prefix: int = 4, offload: Offload | None = None) -> None:
         self.name = name
         self.mtu = mtu
-        self.prefix = prefix
+        self.offload = offload
+        self.prefix = prefix if offload is None else virtio_net.HEADER_LENGTH
+        self.direct = False
         self.backlog = 0
         self.congested = False
         self.macs_high = self.macs_low = -1
@@ -276,7 +313,7 @@ class FakeLink:
         self.known_macs.clear()
 
     def write_prefix(self, buffer: bytearray, frame_length: int) -> None:
-        if self.prefix:
+        if self.prefix and self.offload is None:
             buffer[: self.prefix] = frame_length.to_bytes(self.prefix, "big")
 
     def queue_frame(self, head: Buffer, payload: Buffer | None = None) -> None:
@@ -309,9 +346,19 @@ class FakeLink:
 
     def _put(self, whole: bytes) -> None:
         frame = whole[self.prefix :]
-        if self.prefix:
+        if self.offload is not None:
+            offload_frame = OffloadFrame(frame)
+            offload_frame.header = parse_virtio_net(whole, 0)
+            frame = offload_frame
+        elif self.prefix:
             assert int.from_bytes(whole[: self.prefix], "big") == len(frame), "the prefix lies"
         self.frames.append(frame)
+
+    def reserve(self, header: int, limit: int) -> list[memoryview]:
+        raise NotImplementedError
+
+    def commit(self, head: Buffer, length: int) -> None:
+        raise NotImplementedError
 
     def wait_drained(self, waiter: DrainWaiter) -> None:
         assert waiter not in self.waiters, "waits twice"

@@ -65,10 +65,14 @@ class Attachment(ABC):
         self._count += 1
         return self.uri if self._count == 1 else f"{self.uri}#{self._count}"
 
+    def _make_link(self, name: str, sock: socket.socket) -> BaseLink:
+        """Make a link of a connected stream socket: which kind, subclasses know."""
+        return self._factory.stream(name, sock)
+
     def _admit(self, sock: socket.socket, gone: Callable[[], None] | None = None) -> None:
         """Make a link of a connected stream socket; where that fails, this guest is turned away and no other."""
         try:
-            link = self._factory.stream(self._name(), sock)
+            link = self._make_link(self._name(), sock)
         except OSError as error:
             sock.close()
             self._factory.tell("cannot attach a guest", link=self.uri, error=str(error))

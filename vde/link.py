@@ -17,13 +17,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from netstack.core.ports import Buffer, Capture, DrainWaiter, Link, Poller
+from netstack.core.ports import Buffer, Capture, DrainWaiter, Link, Offload, Poller
 
 if TYPE_CHECKING:
     from numpy import uint8
     from numpy.typing import NDArray
+
+    from netstack.core.runs import Run
 
 # Four reads of a flow from the host. A local socket drains this in about a millisecond.
 CONGESTED = 1 << 20
@@ -32,13 +34,24 @@ FULL = 4 << 20
 # Reads from the guest: a batch of 700 frames of 1,500 bytes, or of 16 of 64 KiB. passt uses 1 MiB and more as well.
 READ_BUFFER = 1 << 20
 
-ReceiveFrames = Callable[[Link, memoryview, Sequence[int], float], None]
+
+# How the reason begins for which a link was closed whose other side broke its rules.
+VIOLATION = "violation: "
+
+
+class ReceiveFrames(Protocol):
+    """Stack.receive_frames: takes a batch of frames, and where in it runs are (`core.runs`)."""
+
+    def __call__(
+        self, link: Link, buffer: memoryview, spans: Sequence[int], now: float, runs: Sequence[Run] = ..., /
+    ) -> None: ...
 
 
 class BaseLink(ABC):
     """A link's queue and counters. Subclasses own a file descriptor and know its framing."""
 
     prefix = 0
+    direct = False
 
     def __init__(self, name: str, mtu: int, poller: Poller, receive: ReceiveFrames) -> None:
         """`receive` is Stack.receive_frames; `mtu` the largest IP packet this kind of link and its settings allow."""
@@ -51,6 +64,7 @@ class BaseLink(ABC):
         self.known_macs: set[tuple[int, int]] = set()
         self.interface = 0
         self.capture: Capture | None = None
+        self.offload: Offload | None = None
         self.frames_from_guest = self.bytes_from_guest = 0
         self.frames_to_guest = self.bytes_to_guest = 0
         self.drops_to_guest = 0
@@ -121,6 +135,15 @@ class BaseLink(ABC):
             for pieces in captured:
                 self.capture.frame(self.interface, pieces, to_guest=True)
 
+    def reserve(self, header: int, limit: int) -> list[memoryview]:
+        """There is none of the guest's memory to receive into, unless a link says so (`direct`)."""
+        del header, limit
+        return []
+
+    def commit(self, head: Buffer, length: int) -> None:
+        """Never called where nothing was reserved."""
+        del head, length
+
     # ---- back-pressure ---------------------------------------------------------------------------------------------
 
     def wait_drained(self, waiter: DrainWaiter) -> None:
@@ -164,3 +187,10 @@ class BaseLink(ABC):
     @abstractmethod
     def _close(self) -> None:
         """Unregister and close the descriptor."""
+
+
+class LinkPart:
+    """What the poller wakes for a further descriptor of a link's; a crash of it is the link's."""
+
+    def __init__(self, link: BaseLink) -> None:
+        self.link = link

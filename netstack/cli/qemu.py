@@ -1,7 +1,8 @@
 """`netstack qemu`: a network for one virtual machine, which lives exactly as long as its QEMU.
 
 The network runs in this process and its link is one end of a socketpair, so there is no socket to name, to clean up
-or to share by mistake. Nothing is kept: no leases, no API unless it is asked for.
+or to share by mistake. Where the guest's memory can be shared (vhost-user) QEMU wants a path to connect to: it is in a
+directory of its own, which goes when QEMU does. Nothing is kept: no leases, no API unless it is asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import quote
 
 import typer
 
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 VERSION_SECONDS = 10.0
+_LONG = 70
 # Signals that QEMU gets when we get them; it ends on each of them. SIGINT comes to both from a terminal, and once
 # more from us: QEMU does not mind.
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -54,6 +60,9 @@ def qemu(
     no_host_loopback: Annotated[
         bool, typer.Option("--no-host-loopback", help="Keep the guest away from the host's loopback.")
     ] = False,
+    no_vhost_user: Annotated[
+        bool, typer.Option("--no-vhost-user", help="Do not share the guest's memory: frames go over a socket, slower.")
+    ] = False,
     log_level: Annotated[
         str | None, typer.Option(metavar="L", help="debug, info, warning or error. Default: warning.")
     ] = None,
@@ -61,8 +70,9 @@ def qemu(
 ) -> int:
     """Run a virtual machine with a network of its own, and end with QEMU's exit status.
 
-    Adds a virtio network card to the QEMU command line. KVM is taken out of it, with a note, where it does not work;
-    `-accel auto` takes KVM where it works.
+    Adds a virtio network card to the QEMU command line, and where it can, memory for the guest that netstack shares
+    (vhost-user), which is fastest. KVM is taken out of it, with a note, where it does not work; `-accel auto` takes KVM
+    where it works.
     """
     if publish:
         raise InputError(f"-p {publish[0]}: forwards come with a later version of netstack; leave -p out for now")
@@ -77,11 +87,23 @@ def qemu(
     except ValueError as error:
         raise InputError(f"--mac {mac} {error}") from None
 
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    with ours, theirs:
+    line = choose_accelerator(command)
+    version = qemu_version(line[0])
+    memory = qemu_options.shareable_memory(line, version) if can_share_memory() and not no_vhost_user else None
+    with contextlib.ExitStack() as stack:
+        inherited: socket.socket | None = None
+        backend = ""
+        if memory is None:
+            ours, inherited = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            stack.enter_context(ours)
+            stack.enter_context(inherited)
+            link = f"fd://{ours.detach()}"
+        else:
+            backend = str(Path(stack.enter_context(private_directory())) / "qemu")
+            link = f"vhost-user://{quote(backend)}"
         settings = Config.from_flags(
             config,
-            link=(f"fd://{ours.detach()}",),
+            link=(link,),
             subnet=subnet,
             mtu=mtu,
             api=tuple(api or ()),
@@ -91,17 +113,27 @@ def qemu(
             log_level=log_level or (None if config else "warning"),
             log_format=log_format,
         )
-        line = choose_accelerator(command)
-        options = qemu_options.network_options(
-            line,
-            theirs.fileno(),
-            qemu_version(line[0]),
-            mac=card,
-            host_mtu=settings.network.mtu,
-        )
+        if inherited is not None:
+            options = qemu_options.network_options(
+                line, inherited.fileno(), version, mac=card, host_mtu=settings.network.mtu
+            )
+        else:
+            assert memory is not None
+            options = qemu_options.vhost_user_options(line, backend, memory, mac=card, host_mtu=settings.network.mtu)
         import trio
 
-        return trio.run(_run, settings, [*line, *options], theirs)
+        return trio.run(_run, settings, [*line, *options], inherited)
+
+
+def private_directory() -> tempfile.TemporaryDirectory[str]:
+    """A directory for a socket of ours: with a short path, as a socket's has 107 bytes at most."""
+    usual = tempfile.gettempdir()
+    return tempfile.TemporaryDirectory(prefix="netstack-", dir=usual if len(usual) < _LONG else "/tmp")  # noqa: S108 - it is made there for us alone
+
+
+def can_share_memory() -> bool:
+    """Whether this host has what a vhost-user back-end needs; rings are little-endian."""
+    return sys.platform == "linux" and sys.byteorder == "little"
 
 
 def choose_accelerator(command: list[str]) -> list[str]:
@@ -129,7 +161,7 @@ def qemu_version(program: str) -> tuple[int, int] | None:
     return qemu_options.parse_version(shown.stdout.decode(errors="replace"))
 
 
-async def _run(config: Config, line: list[str], theirs: socket.socket) -> int:
+async def _run(config: Config, line: list[str], inherited: socket.socket | None) -> int:
     """Run the network, and QEMU in it."""
     import trio
 
@@ -144,8 +176,10 @@ async def _run(config: Config, line: list[str], theirs: socket.socket) -> int:
         async with open_network(config, log=log) as network, trio.open_nursery() as background:
             listeners = listen_for_api(config, network, config.api.listen)
             background.start_soon(serve_in_background, network, listeners, log)
-            process = await trio.lowlevel.open_process(line, pass_fds=[theirs.fileno()])
-            theirs.close()  # so that the link ends when QEMU does
+            passed = [] if inherited is None else [inherited.fileno()]
+            process = await trio.lowlevel.open_process(line, pass_fds=passed)
+            if inherited is not None:
+                inherited.close()  # so that the link ends when QEMU does
             with contextlib.suppress(AttributeError, OSError):  # prlimit is Linux's
                 resource.prlimit(process.pid, resource.RLIMIT_NOFILE, files)
 

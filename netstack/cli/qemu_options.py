@@ -18,6 +18,17 @@ NETDEV = "netstack0"
 # -netdev stream came with 7.2; older ones have -netdev socket,fd=, with the same bytes on the wire.
 STREAM_SINCE = (7, 2)
 
+# -machine memory-backend= came with 5.0.
+BACKEND_SINCE = (5, 0)
+MEMORY = "netstack-memory"
+# What QEMU gives a machine for which nothing is asked, on these processors.
+DEFAULT_MEMORY = "128M"
+_SHARING = re.compile(r"-(x86_64|i386|aarch64|riscv64)$|^(qemu-)?kvm$")
+# The longest that QEMU has (VIRTQUEUE_MAX_SIZE): more of a burst fits, and fewer kicks are needed.
+QUEUES = "rx_queue_size=1024,tx_queue_size=1024"
+# Without KVM, QEMU 7.2 ends when Linux starts a vhost-user card with MSI-X, whatever the back-end.
+NO_MSIX = "vectors=0"
+
 KVM = "kvm"
 # Not one of QEMU's own accelerators: netstack's word for KVM where it works, else TCG.
 AUTO = "auto"
@@ -43,6 +54,59 @@ def network_options(
     if mac is not None:
         device += f",mac={mac}"
     return ["-netdev", netdev, "-device", device]
+
+
+def vhost_user_options(
+    arguments: Sequence[str], path: str, memory: str, *, mac: str | None, host_mtu: int
+) -> list[str]:
+    """The options for a card whose frames stay in the guest's memory.
+
+    The vhost-user back-end is at `path`; the machine's own memory is replaced by `memory` (shareable_memory()), which
+    is shared.
+    """
+    device = f"virtio-net-pci,netdev={NETDEV},host_mtu={host_mtu},{QUEUES}"
+    if not wants_kvm(arguments):
+        device += f",{NO_MSIX}"
+    if mac is not None:
+        device += f",mac={mac}"
+    return [
+        *("-object", f"memory-backend-memfd,id={MEMORY},share=on,size={memory}"),
+        *("-machine", f"memory-backend={MEMORY}"),
+        # In a value a comma is written twice. A descriptor in place of a path will not do: QEMU does not pass
+        # descriptors on over one that it inherited.
+        *("-chardev", f"socket,id={NETDEV},path={path.replace(',', ',,')}"),
+        *("-netdev", f"vhost-user,id={NETDEV},chardev={NETDEV}"),
+        *("-device", device),
+    ]
+
+
+def shareable_memory(arguments: Sequence[str], version: tuple[int, int] | None) -> str | None:
+    """The size of the machine's memory, where it can be shared with a vhost-user back-end; None where it cannot.
+
+    It can where we may say what it is made of: the command line must not say so itself, nor divide it (NUMA) or leave
+    room for more (slots: what is plugged in later would not be shared).
+    """
+    if version is None or version < BACKEND_SINCE or not _SHARING.search(PurePath(arguments[0]).name):
+        return None
+    names = {_name(argument) for argument in arguments[1:]}
+    if names & {"numa", "mem-path", "readconfig", "xen-domid"} or virtio_device(arguments) != "virtio-net-pci":
+        return None
+    objects = " ".join(_values(arguments, "object"))
+    machines = " ".join(_values(arguments, "machine", "M"))
+    if "memory-backend" in objects or re.search(
+        r"memory-backend|memory-encryption|confidential|xen|\bnone\b", machines
+    ):
+        return None
+    size = DEFAULT_MEMORY
+    for value in _values(arguments, "m"):
+        for item in value.split(","):
+            key, equals, text = item.rpartition("=")
+            if equals and key != "size":
+                return None
+            size = text
+    if not re.fullmatch(r"[1-9][0-9]*[KMGTkmgt]?", size):
+        return None
+    return size if size[-1].isalpha() else f"{size}M"
 
 
 def virtio_device(arguments: Sequence[str]) -> str:

@@ -9,21 +9,30 @@ from urllib.parse import unquote
 
 from netstack.config.problems import ConfigError
 
-LinkScheme = Literal["unix", "connect+unix", "tcp", "connect+tcp", "fd", "vde"]
+LinkScheme = Literal["unix", "connect+unix", "tcp", "connect+tcp", "fd", "vde", "tap", "vhost-user"]
 
 # sun_path is 108 bytes with its NUL on Linux, 104 on macOS (unix(7)): the shorter one keeps a file usable on both.
 MAX_SOCKET_PATH = 103
 # A VDE switch makes DIR/ctl and DIR/NNN.NNNNN for every port.
 VDE_SUFFIX = 16
 
-_PATH_SCHEMES = ("unix", "connect+unix", "vde")
+_PATH_SCHEMES = ("unix", "connect+unix", "vde", "vhost-user")
 _HOST_SCHEMES = ("tcp", "connect+tcp")
-_LATER_SCHEMES = ("dgram", "seqpacket", "vde-plug", "hyperkit", "stdio", "tap", "vhost-user")
+_LATER_SCHEMES = ("dgram", "seqpacket", "vde-plug", "hyperkit", "stdio")
+# IFNAMSIZ of Linux is 16, with the NUL.
+_DEVICE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
+_TAP_EXAMPLE = "tap://tap0?netns=/run/netns/guest"
 _HOST_PORT = re.compile(r"(?:\[([^\]]*)\]|([^:\[\]]*)):([0-9]*)")
 
 
 class LinkSpec(NamedTuple):
-    """One link's URI: `path` for unix, connect+unix and vde, `host` and `port` for tcp and connect+tcp, `fd` for fd."""
+    """One link's URI.
+
+    `path` for unix, connect+unix, vde and vhost-user, `host` and `port` for tcp and connect+tcp, `fd` for fd.
+
+    Of a tap `device` is the name, and one of these says where: `path` of a network namespace, `pid` of a process in it,
+    `fd` of a tap that is open already.
+    """
 
     scheme: LinkScheme
     uri: str
@@ -31,6 +40,8 @@ class LinkSpec(NamedTuple):
     host: str = ""
     port: int = 0
     fd: int = -1
+    device: str = ""
+    pid: int = 0
 
 
 class ApiSpec(NamedTuple):
@@ -50,7 +61,11 @@ def parse_link_uri(uri: str) -> LinkSpec:
             raise ConfigError(f"{uri!r} has no scheme; write unix://{uri if uri.startswith('/') else '/PATH/' + uri}")
         raise ConfigError(f"{uri!r} is not the address of a link; write for example unix:///run/netstack.sock")
     if scheme in _LATER_SCHEMES:
-        raise ConfigError(f"{uri}: links of the kind {scheme}: are not supported yet; use unix, tcp, fd or vde")
+        raise ConfigError(
+            f"{uri}: links of the kind {scheme}: are not supported yet; use unix, tcp, fd, vde, tap or vhost-user"
+        )
+    if scheme == "tap":
+        return _parse_tap(uri, rest)
     if "?" in rest or "#" in rest:
         raise ConfigError(f"{uri}: {scheme} links take no options; write %3F or %23 for a ? or # in a path")
     if scheme in _PATH_SCHEMES:
@@ -62,11 +77,33 @@ def parse_link_uri(uri: str) -> LinkSpec:
             raise ConfigError(f"{uri}: port 0 is no port to connect to")
         return LinkSpec(scheme, uri, host=host, port=port)  # type: ignore[arg-type]
     if scheme == "fd":
-        number = rest.removeprefix("//")
-        if not number.isascii() or not number.isdigit() or len(number) > 9:
-            raise ConfigError(f"{uri}: write the number of an open file descriptor, as in fd://3")
-        return LinkSpec("fd", uri, fd=int(number))
-    raise ConfigError(f"{uri}: unknown kind of link {scheme!r}; use unix, connect+unix, tcp, connect+tcp, fd or vde")
+        return LinkSpec("fd", uri, fd=_descriptor(uri, rest.removeprefix("//"), "fd://3"))
+    raise ConfigError(
+        f"{uri}: unknown kind of link {scheme!r}; use unix, connect+unix, tcp, connect+tcp, fd, vde, tap or vhost-user"
+    )
+
+
+def _parse_tap(uri: str, rest: str) -> LinkSpec:
+    device, _, query = rest.removeprefix("//").partition("?")
+    key, _, value = query.partition("=")
+    value = unquote(value)
+    if not rest.startswith("//") or not _DEVICE.fullmatch(device) or device in (".", ".."):
+        raise ConfigError(f"{uri}: write a device's name of at most 15 letters and digits, as in {_TAP_EXAMPLE}")
+    if key == "fd":
+        return LinkSpec("tap", uri, device=device, fd=_descriptor(uri, value, "tap://tap0?fd=3"))
+    if key != "netns" or not value:
+        raise ConfigError(f"{uri}: say in which network namespace the tap is to be, as in {_TAP_EXAMPLE} or ?netns=PID")
+    if value.isascii() and value.isdigit() and len(value) <= 9 and int(value):
+        return LinkSpec("tap", uri, device=device, pid=int(value))
+    if not value.startswith("/") or "\0" in value:
+        raise ConfigError(f"{uri}: netns is the number of a process or an absolute path, as in {_TAP_EXAMPLE}")
+    return LinkSpec("tap", uri, device=device, path=value)
+
+
+def _descriptor(uri: str, number: str, example: str) -> int:
+    if not number.isascii() or not number.isdigit() or len(number) > 9:
+        raise ConfigError(f"{uri}: write the number of an open file descriptor, as in {example}")
+    return int(number)
 
 
 def parse_api_uri(uri: str) -> ApiSpec:

@@ -10,6 +10,7 @@ class Counters:
         self.batches = 0  # reads of links that brought frames
         self.frames_from_guest = 0
         self.frames_slow = 0  # of these, what the fast path did not know
+        self.frames_in_runs = 0  # what was taken as one with its neighbours
         self.frames_switched = 0  # from guest to guest
         self.group_packets = 0  # broadcast and multicast that the switch flooded and no service of ours wanted
         self.icmp_errors_sent = 0
@@ -20,6 +21,7 @@ class Counters:
         self.tcp_retransmits = 0
         self.tcp_fast_retransmits = 0
         self.tcp_timeouts = 0
+        self.tcp_loss_probes = 0
         self.drops: dict[str, int] = {}
         self._noted: str | None = None
 

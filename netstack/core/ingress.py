@@ -7,7 +7,7 @@ under the name given here; nothing raises. Fragments go to `core.reassembly` and
 Reasons: ethernet_short, ethernet_bad_source, ethertype_unknown, ipv4_malformed, ipv6_malformed, source_not_its_own,
 beyond_scope (RFC 4007 9), fragment_* and reassembly_* (core.reassembly), not_forwarded (TCP to a group),
 protocol_unknown, tcp_malformed, tcp_no_flow, tcp_no_route, tcp_flow_table_full, tcp_flows_of_guest, udp_bad_length,
-ttl_exceeded.
+offload_malformed (core.offload), ttl_exceeded.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from netstack.core.addresses import UNSPECIFIED4, UNSPECIFIED6, is_link_local6
 from netstack.core.flows import flow_key
+from netstack.core.offload import MAX_DATAGRAMS, has_request, read_request
 from netstack.core.ports import Datagram, Link
 from netstack.core.tcp import TIME_WAIT, TcpFlow
 from netstack.wire import icmp
@@ -25,6 +26,7 @@ from netstack.wire.ipv4 import PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP, Ipv4, 
 from netstack.wire.ipv6 import NO_NEXT_HEADER, Ipv6, parse_ipv6
 from netstack.wire.tcp import ACK, RST, SYN, Tcp, parse_options, parse_tcp, seq_gt, write_tcp
 from netstack.wire.udp import parse_udp
+from netstack.wire.virtio_net import HEADER_LENGTH, parse_virtio_net
 
 if TYPE_CHECKING:
     from netstack.core.neighbors import Neighbor
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 PROTOCOL_ICMP6 = 58
 _PROTOCOL_IGMP = 2
 _NO_MAC = bytes(6)
+MAX_PACKET = 65535
 _ARP = ETHERTYPE_ARP.to_bytes(2, "big")
 _EXTENSIONS = (0, 43, 60)  # hop-by-hop, routing, destination options: what may stand before a neighbor advertisement
 _ROUTER_ADVERTISEMENT = 134
@@ -46,6 +49,9 @@ _TAGS = (0x8100, 0x88A8)
 # RFC 4861 4 and RFC 2710/3810: router and neighbor discovery, redirect; multicast listener messages.
 _NDP = range(133, 138)
 _LISTENER = (130, 131, 132, 143)
+
+# From the beginning of an IP packet back to that of the virtio-net header before its frame.
+_TO_HEADER = 14 + HEADER_LENGTH
 
 DHCP_SERVER = 67
 DHCPV6_SERVER = 547
@@ -179,6 +185,10 @@ class Ingress:
         size = end - start - 14
         if out is None or out is link or size <= out.mtu or size < 20:
             return
+        if link.offload is not None and has_request(buffer, start):
+            request = read_request(buffer, start, end)
+            if request is None or request.largest_packet <= out.mtu:
+                return
         if self._stack.neighbors.admit(link, src, self._source(buffer, start), now) is not None:
             original = buffer[start + 14 : end]
             self._stack.send_error(link, src, None, original, icmp.TOO_BIG, out.mtu)
@@ -198,7 +208,7 @@ class Ingress:
             return
         neighbor = None
         if packet.src != UNSPECIFIED4:
-            neighbor = self._admit(link, mac, packet, now)
+            neighbor = self._admit(link, mac, packet, buffer, now)
             if neighbor is None:
                 return
         elif packet.protocol != PROTOCOL_UDP:
@@ -216,7 +226,7 @@ class Ingress:
             return
         neighbor = None
         if packet.src != UNSPECIFIED6:
-            neighbor = self._admit(link, mac, packet, now)
+            neighbor = self._admit(link, mac, packet, buffer, now)
             if neighbor is None:
                 return
             if self._is_beyond_scope(packet):
@@ -232,16 +242,23 @@ class Ingress:
             return
         self._on_packet(link, mac, packet, neighbor, buffer, now)
 
-    def _admit(self, link: Link, mac: bytes, packet: Packet, now: float) -> Neighbor | None:
+    def _admit(self, link: Link, mac: bytes, packet: Packet, buffer: memoryview, now: float) -> Neighbor | None:
         neighbor = self._stack.neighbors.admit(link, mac, packet.src, now)
         if neighbor is None:
             self._counters.drop("source_not_its_own")
             self._warn("source_not_its_own", link, "a guest sends from an address that is not its own", packet.src)
             return None
         size = packet.payload_end - packet.header_start
-        if size > neighbor.mtu:
+        if size > neighbor.mtu and not self._segment_size(link, packet, buffer):
             neighbor.mtu = min(size, link.mtu)  # what it sends, it takes
         return neighbor
+
+    def _segment_size(self, link: Link, packet: Packet, buffer: memoryview) -> int:
+        """Of a frame that its guest left to be cut: into pieces of how many bytes. 0: it is one packet. Untrusted."""
+        if link.offload is None:
+            return 0
+        header = parse_virtio_net(buffer, packet.header_start - _TO_HEADER)
+        return header.gso_size or 1 if header.gso_type else 0
 
     def _warn(self, reason: str, link: Link, message: str, address: bytes | None = None) -> None:
         """Tell the log, at most every ten seconds for each reason and link."""
@@ -325,12 +342,18 @@ class Ingress:
         dst = packet.dst
         start = datagram.payload_start
         end = datagram.payload_end
+        segment = self._segment_size(link, packet, buffer) if whole else 0
+        if segment and end - start > segment * MAX_DATAGRAMS:
+            self._counters.drop("offload_malformed")
+            return
         group = self._addresses.is_group(dst)
         if group or dst in self._addresses.own:
             service = stack.find_udp_service(dst, datagram.dst_port, group=group)
             if service is not None:
-                payload = bytes(buffer[start:end])
-                service(Datagram(payload, link, mac, packet.src, datagram.src_port, dst, datagram.dst_port), now)
+                ports = datagram.src_port, datagram.dst_port
+                for at in range(start, max(end, start + 1), segment or MAX_PACKET):
+                    payload = bytes(buffer[at : min(at + (segment or MAX_PACKET), end)])
+                    service(Datagram(payload, link, mac, packet.src, ports[0], dst, ports[1]), now)
                 return
             if group:
                 self._counters.group_packets += 1
@@ -356,6 +379,7 @@ class Ingress:
             packet.ttl,
             packet.dont_fragment if len(dst) == 4 else whole,
             now,
+            segment,
         )
 
     # ---- TCP -------------------------------------------------------------------------------------------------------
@@ -432,6 +456,11 @@ class Ingress:
             self._counters.drop("tcp_malformed")
             return
         reason = stack.flows.refusal(link)
+        if reason is not None:
+            oldest = stack.flows.oldest_time_wait(link)
+            if oldest is not None:
+                oldest.make_way(now)
+                reason = stack.flows.refusal(link)
         if reason is not None:
             self._counters.drop(reason)  # silence: the guest tries again, when flows have ended perhaps
             self._warn(reason, link, "a guest has as many connections as it may have; further ones get no answer")

@@ -22,6 +22,9 @@ READABLE = 0x001
 WRITABLE = 0x004
 FAILED = 0x008
 HUNG_UP = 0x010
+# EPOLLRDHUP: with READABLE, the peer will send no more, so that behind what there is to read is the end. A hint, which
+# comes without being asked for, or not at all.
+PEER_CLOSED = 0x2000
 
 SHUT_WR = 1  # socket.SHUT_WR, the same on every system netstack runs on (POSIX names it, all give it 1)
 
@@ -63,12 +66,14 @@ class HostSocket(Protocol):
     def send(self, data: Any, /) -> int: ...
     def sendmsg(self, buffers: Sequence[Any], /) -> int: ...
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int: ...
+    def recvmsg_into(self, buffers: list[memoryview], /) -> tuple[int, Any, int, Any]: ...
 
 
 class DatagramSocket(Protocol):
     """A non-blocking host UDP or ping socket, not connected: one guest endpoint talks to many peers through it."""
 
     segments: bool  # whether there is send_segments()
+    batches: bool  # whether receive_batch() pays at the moment
 
     def fileno(self) -> int: ...
     def close(self) -> None: ...
@@ -98,6 +103,15 @@ class DatagramSocket(Protocol):
 
     def expect_bursts(self) -> None:
         """Datagrams of one size arrive by the dozen: have the kernel merge them, if it can."""
+
+    def receive_batch(self, buffer: memoryview, take: Callable[[int, int, bytes, int], None]) -> int:
+        """Receive several datagrams in one call; how many.
+
+        For each run of them of one peer and one size, these lie one behind the other at the start of `buffer`, and
+        take(length, size, address, port) is called. Only while `batches` is true. Raises OSError, but not
+        BlockingIOError.
+        """
+        ...
 
     def receive_error(self) -> SocketError | None:
         """Take the next error off the socket's error queue (Linux IP_RECVERR); None when there is none."""
@@ -143,6 +157,16 @@ class Host(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Offload:
+    """What the far side of a link with virtio-net headers does for us (virtio 1.2 section 5.1.6; TUNSETOFFLOAD)."""
+
+    checksum: bool  # takes frames whose TCP or UDP checksum is partial
+    tso4: bool  # takes TCP packets of up to 65,535 bytes that are to be cut into segments; needs checksum
+    tso6: bool
+    uso: bool  # the same for UDP, of both families
+
+
 class Link(Protocol):
     """One attachment of Ethernet. The stack asks it what it can do, never what it is."""
 
@@ -160,6 +184,11 @@ class Link(Protocol):
     known_macs: set[tuple[int, int]]
     interface: int  # the capture's number for it
     capture: Capture | None
+    # Not None: each frame, in both directions, stands behind a virtio-net header of 12 bytes, which is the prefix
+    # (`wire.virtio_net`); zeros ask for nothing. A driver may negotiate anew while the link lives: ask each time, but
+    # whether there are such headers never changes.
+    offload: Offload | None
+    direct: bool  # whether there are reserve() and commit()
 
     def forget_macs(self) -> None:
         """Empty macs_high, macs_low and known_macs: a guest may have moved."""
@@ -175,6 +204,17 @@ class Link(Protocol):
 
     def flush(self) -> None:
         """Hand what is queued to the kernel."""
+
+    def reserve(self, header: int, limit: int) -> list[memoryview]:
+        """Where in the guest's own memory the next frame's payload may be received, up to `limit` bytes of it.
+
+        The pieces lie `header` bytes, prefix included, behind the beginning of the guest's receive buffers. Empty:
+        there is no room now. Only where `direct` is true; what is reserved must be committed before anything is queued.
+        """
+        ...
+
+    def commit(self, head: Buffer, length: int) -> None:
+        """The frame is complete: `head` (prefix and headers), `length` bytes in the pieces. 0 gives them back."""
 
     def wait_drained(self, waiter: DrainWaiter) -> None:
         """Have waiter.on_drained(now) called once when the link is no longer congested."""

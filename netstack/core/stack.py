@@ -16,8 +16,9 @@ about an ACK. Views into the link's buffer live no longer than that.
 The fast path (`_receive`) takes IPv4 without options and IPv6 without extension headers, TCP, for a flow that exists,
 from a guest that the switch knows on this link. It is one `unpack_from` over Ethernet, IP and TCP, one dict look-up,
 one call. The two MACs are unpacked as integers of 8 and 4 bytes and compared with those of the last frame that took the
-slow road (`core.ingress`) and was for us: no bytes objects, no look at the switch. Anything else takes the slow road,
-which is correct for every frame; the fast path may only be left out, never be needed.
+slow road (`core.ingress`) and was for us: no bytes objects, no look at the switch. Long runs of frames that are alike
+are taken at once (`core.runs`). Anything else takes the slow road, which is correct for every frame; the fast paths may
+only be left out, never be needed.
 
 Everything a guest can make the stack keep is bounded: flows by `Limits`, what is in flight and what waits for the host
 by one budget each, neighbors, MACs, fragments by their owners.
@@ -29,7 +30,6 @@ import errno
 import functools
 import hashlib
 import os
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,12 +39,14 @@ from netstack.core.addresses import Addresses
 from netstack.core.budget import Budgets
 from netstack.core.counters import Counters
 from netstack.core.flows import FlowKey, FlowTable, Limits, flow_key
+from netstack.core.headers import FRAME4, FRAME6, SMALLEST4, SMALLEST6
 from netstack.core.icmp import IcmpLayer
 from netstack.core.ingress import Ingress, Packet
 from netstack.core.neighbors import Neighbor, Neighbors
 from netstack.core.ports import Buffer, Events, Host, HostSocket, Link, Poller, TcpServiceCall, UdpService
 from netstack.core.reassembly import Reassembly, fragment
 from netstack.core.refusals import EXHAUSTED, TCP_PROBLEMS
+from netstack.core.runs import Run, Runs
 from netstack.core.switch import Switch
 from netstack.core.tcp import TcpFlow
 from netstack.core.tcp_output import CHUNK, POOLED_CHUNKS
@@ -56,23 +58,18 @@ from netstack.wire.ipv4 import PROTOCOL_TCP, PROTOCOL_UDP, write_ipv4
 from netstack.wire.ipv6 import write_ipv6
 from netstack.wire.tcp import RST, SYN, Tcp, TcpOptions, write_tcp
 from netstack.wire.udp import write_udp
+from netstack.wire.virtio_net import GSO_TYPE_BEFORE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-# MACs 8+4 | ethertype 2 | version+IHL 1 | TOS | total length 2 | identification | flags+offset 2 | TTL | protocol 1 |
-# checksum | both addresses 8 | both ports 4 | SEG.SEQ 4 | SEG.ACK 4 | data offset 1 | flags 1 | SEG.WND 2
-_FRAME4 = struct.Struct("!QIHBxHxxHxBxxQIIIBBH")
-# MACs 8+4 | ethertype 2 | version, class, label | payload length 2 | next header 1 | hop limit | both addresses 32 |
-# TCP
-_FRAME6 = struct.Struct("!QIHBxxxHBx32sIIIBBH")
-_SMALLEST4 = 54
-_SMALLEST6 = 74
 
 # How long an ACK of less than two full segments waits for data of the host to ride on (delayed ACK, RFC 9293 3.8.6.3,
 # which allows 0.5 s). A request's answer comes within 0.1 ms when its server is on the host; a separate ACK cost a
 # fifth of the round trip. Short, because a guest that uses Nagle's algorithm and writes twice waits for it.
 ACK_DELAY = 0.002
+
+# Ethernet, IPv6, and TCP with all its options: more than this of a large frame is payload.
+LARGEST_HEADERS = 14 + 40 + 60
 
 _EVIL = SYN | RST  # flags that never take the fast path: options to read, or the end
 
@@ -144,6 +141,7 @@ class Stack:
         self.budgets = Budgets(self.limits)
         self._late_acks = _LateAcks(self)
         self._ingress = Ingress(self)
+        self._runs = Runs(self, self._receive)
         self._secret = secret
         self._udp_services: dict[int, list[tuple[frozenset[bytes] | None, UdpService]]] = {}
         self._tcp_services: dict[tuple[bytes, int], TcpService] = {}
@@ -157,10 +155,13 @@ class Stack:
 
     # ---- from guests -----------------------------------------------------------------------------------------------
 
-    def receive_frames(self, link: Link, buffer: memoryview, spans: Sequence[int], now: float) -> None:
+    def receive_frames(
+        self, link: Link, buffer: memoryview, spans: Sequence[int], now: float, runs: Sequence[Run] = ()
+    ) -> None:
         """Take a batch of frames: buffer[spans[0]:spans[1]], buffer[spans[2]:spans[3]], ... Untrusted.
 
-        The buffer may be reused when this returns.
+        `runs`: which of them have one size and lie at equal distances (see `core.runs`). The buffer may be reused when
+        this returns.
         """
         self.now = now
         counters = self.counters
@@ -168,7 +169,10 @@ class Stack:
         counters.frames_from_guest += len(spans) >> 1
         capture = link.capture
         if capture is None:
-            self._receive(link, buffer, spans, now)
+            if runs:
+                self._runs.receive(link, buffer, spans, runs, now)
+            else:
+                self._receive(link, buffer, spans, now)
         else:
             counters.take_note()
             for i in range(0, len(spans), 2):
@@ -180,16 +184,17 @@ class Stack:
         self._end_batch(now)
 
     def _receive(self, link: Link, buffer: memoryview, spans: Sequence[int], now: float) -> None:
-        unpack4 = _FRAME4.unpack_from
+        unpack4 = FRAME4.unpack_from
         find = self.flows.tcp.get
         find_path = self.udp.paths.get
         macs_high = link.macs_high
         macs_low = link.macs_low
+        offload = link.offload is not None
         slow = 0
         each = iter(spans)
         for start, end in zip(each, each, strict=True):
             size = end - start
-            if size >= _SMALLEST4:
+            if size >= SMALLEST4:
                 (
                     high,
                     low,
@@ -216,7 +221,12 @@ class Stack:
                                 if first <= last <= end and data >= 0x50:
                                     flow.on_segment(seq, ack, flags, window, buffer, first, last, now)
                                     continue
-                        elif protocol == PROTOCOL_UDP and version == 0x45 and not offset & 0x3FFF:
+                        elif (
+                            protocol == PROTOCOL_UDP
+                            and version == 0x45
+                            and not offset & 0x3FFF
+                            and not (offload and buffer[start - GSO_TYPE_BEFORE])  # several datagrams in one frame
+                        ):
                             path = find_path((addresses, ports))
                             if path is not None and path.flow.link is link and low == path.mac_low:
                                 # What would be SEG.SEQ are u16 length, u16 checksum.
@@ -225,7 +235,7 @@ class Stack:
                                 if ttl > 1 and start + 42 <= last <= start + 14 + total <= end:
                                     path.send(buffer[start + 42 : last], ttl, bool(offset & 0x4000), now)
                                     continue
-                    elif ethertype == 0x86DD and size >= _SMALLEST6 and self._receive6(link, buffer, start, end, now):
+                    elif ethertype == 0x86DD and size >= SMALLEST6 and self._receive6(link, buffer, start, end, now):
                         continue
             slow += 1
             self._ingress.on_frame(link, buffer, start, end, now)
@@ -235,12 +245,14 @@ class Stack:
 
     def _receive6(self, link: Link, buffer: memoryview, start: int, end: int, now: float) -> bool:
         """The fast path of IPv6; False: take the slow road."""
-        _, low, _, version, length, protocol, addresses, ports, seq, ack, data, flags, window = _FRAME6.unpack_from(
+        _, low, _, version, length, protocol, addresses, ports, seq, ack, data, flags, window = FRAME6.unpack_from(
             buffer, start
         )
         if version >> 4 != 6:
             return False
         if protocol == PROTOCOL_UDP:
+            if link.offload is not None and buffer[start - GSO_TYPE_BEFORE]:
+                return False
             path = self.udp.paths.get((addresses, ports))
             if path is None or path.flow.link is not link or low != path.mac_low:
                 return False
@@ -261,6 +273,69 @@ class Stack:
             return False
         flow.on_segment(seq, ack, flags, window, buffer, first, last, now)
         return True
+
+    def receive_scattered(self, link: Link, header: bytes, pieces: list[memoryview], now: float) -> None:
+        """Take one large frame that lies in pieces in the guest's own memory, behind its virtio-net header. Untrusted.
+
+        The guest may change it all the while: headers are copied and read once, and what has to be read otherwise
+        is copied as a whole. Payload is not read here at all; views of it stay in use until end_batch(). Where the
+        headers are in the first piece and a flow is expecting just this, it costs no copy.
+        """
+        self.now = now
+        counters = self.counters
+        if link.capture is None and self._receive_large(link, bytes(pieces[0][:LARGEST_HEADERS]), pieces, now):
+            counters.batches += 1
+            counters.frames_from_guest += 1
+            return
+        frame = b"".join((header, *pieces))
+        self.receive_frames(link, memoryview(frame), (len(header), len(frame)), now)
+
+    def _receive_large(self, link: Link, head: bytes, pieces: list[memoryview], now: float) -> bool:
+        """The fast path of large frames, TCP with data; False: take another road."""
+        if len(head) < SMALLEST4:
+            return False
+        high, low, ethertype, version, total, offset, protocol, addresses, ports, seq, ack, data, flags, window = (
+            FRAME4.unpack_from(head)
+        )
+        if (high != link.macs_high or low != link.macs_low) and (high, low) not in link.known_macs:
+            return False
+        key: FlowKey = (addresses, ports)
+        if ethertype == ETHERTYPE_IPV4:
+            if version != 0x45 or offset & 0x3FFF:
+                return False
+            first = 34 + (data >> 4 << 2)
+            last = 14 + total
+        elif ethertype == ETHERTYPE_IPV6 and len(head) >= SMALLEST6:
+            _, _, _, version, total, protocol, addresses6, ports, seq, ack, data, flags, window = FRAME6.unpack_from(
+                head
+            )
+            if version >> 4 != 6:
+                return False
+            key = (addresses6, ports)
+            first = 54 + (data >> 4 << 2)
+            last = 54 + total
+        else:
+            return False
+        flow = self.flows.tcp.get(key)
+        if (
+            protocol != PROTOCOL_TCP
+            or flow is None
+            or flow.link is not link
+            or low != flow.mac_low
+            or flags & _EVIL
+            or data < 0x50
+            or first > len(head)
+            or last != sum(map(len, pieces))  # padding is for small frames
+        ):
+            return False
+        views = pieces[1:]
+        if first < len(pieces[0]):
+            views.insert(0, pieces[0][first:])
+        return flow.on_large_segment(seq, ack, flags, window, views, last - first)
+
+    def end_batch(self, now: float) -> None:
+        """Nothing refers to what receive_scattered() was given when this returns."""
+        self._end_batch(now)
 
     def _end_batch(self, now: float) -> None:
         touched = self.touched
@@ -325,6 +400,10 @@ class Stack:
     def add_link(self, link: Link, now: float) -> None:
         """A guest, or a segment of guests, is attached: tell it who the gateway is, and look for those we have lost."""
         self.switch.add(link)
+        self.greet(link, now)
+
+    def greet(self, link: Link, now: float) -> None:
+        """A guest on this link has begun to listen."""
         self.neighbors.announce(link)
         for flow in self.flows:
             if flow.link_lost:

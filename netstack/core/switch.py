@@ -5,12 +5,16 @@ link; the rest is flooded to all other links. The table is bounded: when it is f
 loses the one not heard for longest. So a guest that floods MACs pushes out its own: it could otherwise have another
 guest's forgotten, and take it over.
 
+A frame whose checksum or segmentation its guest left to somebody else goes on as it is to links that take that, and
+complete to others (`core.offload`).
+
 Counted as dropped: mac_of_another_link (in use there), link_gone (the rest of a batch whose link has closed),
-frame_too_big_for_link.
+frame_too_big_for_link, offload_malformed.
 """
 
 from __future__ import annotations
 
+from netstack.core import offload
 from netstack.core.counters import Counters
 from netstack.core.ports import Link
 from netstack.wire.ethernet import MIN_FRAME
@@ -106,11 +110,29 @@ class Switch:
         out = None if dst[0] & 1 else self.find(dst, now)
         if out is link:
             return  # its destination heard it already
+        request = None
+        if link.offload is not None and offload.has_request(buffer, start):
+            request = offload.read_request(buffer, start, end)
+            if request is None:
+                self._counters.drop("offload_malformed")
+                return
         frame = bytes(buffer[start:end])
         self._counters.frames_switched += 1
+        whole: list[bytes] | None = None
         for other in (out,) if out is not None else tuple(self.links):
-            if other is not link:
+            if other is link:
+                continue
+            if request is None:
                 self.send(other, frame)
+            elif request.largest_packet > other.mtu:
+                self._counters.drop("frame_too_big_for_link")
+            elif offload.takes(other.offload, request):
+                other.queue_frame(offload.write_request(request) + frame)
+            else:
+                if whole is None:
+                    whole = offload.fulfil(frame, request)
+                for each in whole:
+                    self.send(other, each)
 
     def send(self, link: Link, frame: bytes) -> None:
         """Queue one whole frame on a link: prefix, frame, padding."""

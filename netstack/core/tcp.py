@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING
 
 from netstack.core import tcp_output
 from netstack.core.datagrams import format_endpoint
-from netstack.core.ports import FAILED, HUNG_UP, READABLE, SHUT_WR, WRITABLE, HostSocket, Link
+from netstack.core.ports import FAILED, HUNG_UP, PEER_CLOSED, READABLE, SHUT_WR, WRITABLE, HostSocket, Link
 from netstack.core.segments import SegmentWriter
 from netstack.core.tcp_output import RCV_INITIAL, RCV_MAXIMUM, RCV_SHIFT
 from netstack.core.timers import NEVER
@@ -59,6 +59,7 @@ STATE_NAMES = (
 ).split()
 
 _RECEIVING = frozenset((ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2))
+_FINISHED_BY_GUEST = frozenset((CLOSE_WAIT, CLOSING, LAST_ACK, TIME_WAIT))
 
 M = 0xFFFFFFFF
 HALF = 0x80000000
@@ -68,6 +69,9 @@ _CONTROL = FIN | SYN | RST | ACK
 # RFC 9293 3.4.2 has an MSL of two minutes for the internet. Frames on a virtual wire do not linger: nothing older than
 # a second can arrive, so 2 MSL is 2 s; a new SYN with a higher sequence number ends it at once (RFC 9293 3.10.7.4).
 TIME_WAIT_SECONDS = 2.0
+
+# Deadlines that are seconds away share a wakeup with those of the same eighth of a second.
+_COARSE = 0.125
 
 # How many segments out of order are kept, and how many duplicate ACKs one batch may answer them with (RFC 5681: three
 # make the guest retransmit).
@@ -92,6 +96,11 @@ LINGER = 60.0
 
 # How long the flows of a guest outlive its link: QEMU's reconnect, and netstack's own, try every few seconds.
 LINK_GRACE = 30.0
+
+
+def _coarse(at: float) -> float:
+    """A deadline for which a little later will do: at once with many others, so that they share a wakeup."""
+    return -(-at // _COARSE) * _COARSE
 
 
 class TcpFlow:
@@ -138,6 +147,7 @@ class TcpFlow:
         "out_of_order",
         "peer",
         "peer_port",
+        "probe",
         "rcv_adv",
         "rcv_limit",
         "rcv_nxt",
@@ -198,7 +208,7 @@ class TcpFlow:
         self.writer = SegmentWriter(link, mac, stack.mac, peer, guest, peer_port << 16 | guest_port)
         self.shares = stack.budgets.of(link)  # of what the guest may make us hold
         self.state = CLOSED
-        self.fast = False  # data may arrive and nothing is special: ESTABLISHED or FIN_WAIT_2
+        self.fast = False  # nothing is special: ESTABLISHED, FIN_WAIT_2, or CLOSE_WAIT, where no data may arrive
         self.sock: HostSocket | None = None
         self.fd = -1
         self.interest = -1  # the events registered with the poller; -1: not registered
@@ -229,6 +239,7 @@ class TcpFlow:
         self.dup_acks = 0
         self.in_recovery = False
         self.recover = self.resent = 0
+        self.probe = tcp_output.NO_PROBE
         self.srtt = self.rttvar = 0.0
         self.rto = tcp_output.RTO_INITIAL
         self.rtt_at = 0.0
@@ -298,7 +309,7 @@ class TcpFlow:
         """The host's socket is readable, writable or broken."""
         state = self.state
         if state == CONNECTING:
-            self._on_connected(now)
+            self._on_connected(events, now)
             return
         if events & WRITABLE and self.to_host:
             self._flush_to_host(now)
@@ -307,6 +318,8 @@ class TcpFlow:
         if events & (READABLE | FAILED | HUNG_UP):
             if self.sending:
                 tcp_output.pump(self, now)
+                if events & PEER_CLOSED and not self.stalled:
+                    tcp_output.pump(self, now)  # the end, most likely: its FIN leaves with the data
                 if events & (FAILED | HUNG_UP) and self.stalled:
                     # Level-triggered, and reported whether asked for or not: a broken socket whose last bytes wait for
                     # the guest's window would wake us for ever. The guest's next ACK pumps it without the poller.
@@ -315,17 +328,20 @@ class TcpFlow:
                 self._flush_to_host(now)
             elif events & (FAILED | HUNG_UP):
                 self._unwatch()
+            elif state == SYN_RECEIVED:
+                self._watch(0)  # its peer speaks first; _establish() asks again
 
-    def _on_connected(self, now: float) -> None:
+    def _on_connected(self, events: int, now: float) -> None:
         """CONNECTING: connect() ended."""
         sock = self.sock
         assert sock is not None
-        error = self.stack.host.connect_error(sock)
+        # A connect() that failed is reported as FAILED and HUNG_UP besides (Linux: tcp_poll; kqueue: EV_EOF).
+        error = self.stack.host.connect_error(sock) if events != WRITABLE else 0
         if error:
             self.stack.refuse_tcp(self, error, now)
             return
         self.state = SYN_RECEIVED
-        self._watch(0)
+        self._watch(READABLE)  # what will be needed: peers that speak first are the fewer
         tcp_output.send_syn_ack(self, now)
 
     def on_host_eof(self, now: float) -> None:
@@ -371,7 +387,7 @@ class TcpFlow:
             acked = (ack - una) & M
             if acked <= (self.snd_nxt - una) & M:
                 n = end - start
-                if n <= (self.rcv_adv - seq) & M:
+                if n <= (self.rcv_adv - seq) & M and not (n and self.guest_fin):
                     window <<= self.snd_shift
                     if acked:
                         self.snd_una = ack
@@ -390,6 +406,39 @@ class TcpFlow:
                         self.ack_due = True
                     return
         self._on_segment_slow(seq, ack, flags, window, buffer, start, end, now, options)
+
+    def on_large_segment(
+        self, seq: int, ack: int, flags: int, window: int, views: list[memoryview], length: int
+    ) -> bool:
+        """Take one segment whose payload lies in pieces, if it is just what is expected. Untrusted.
+
+        False: nothing has happened; on_segment() is to have it, in one piece. These are its fast path's rules.
+        """
+        una = self.snd_una
+        acked = (ack - una) & M
+        if (
+            not self.fast
+            or self.guest_fin
+            or seq != self.rcv_nxt
+            or flags & _CONTROL != ACK
+            or acked > (self.snd_nxt - una) & M
+            or not 0 < length <= (self.rcv_adv - seq) & M
+        ):
+            return False
+        if not self.touched:
+            self.touched = True
+            self.stack.touched.append(self)
+        if acked:
+            self.snd_una = ack
+            self.acked = True
+            self.dup_acks = 0
+        self.snd_wnd = window << self.snd_shift
+        self.snd_wl1 = seq
+        self.snd_wl2 = ack
+        self.rcv_nxt = (seq + length) & M
+        self.batch += views
+        self.ack_due = True
+        return True
 
     def _on_segment_slow(
         self,
@@ -578,6 +627,7 @@ class TcpFlow:
         self.fast = False
         if self.state == ESTABLISHED:
             self.state = CLOSE_WAIT
+            self.fast = True  # a guest that has said all may yet receive gigabytes
         elif self.state == FIN_WAIT_1:
             self.state = CLOSING
         elif self.state == FIN_WAIT_2:
@@ -626,7 +676,8 @@ class TcpFlow:
         self.out_of_order = None
 
     def _forget_out_of_order(self) -> None:
-        self.shares.out_of_order.add(-self._out_of_order_cost())
+        if self.out_of_order:
+            self.shares.out_of_order.add(-self._out_of_order_cost())
         self.out_of_order = None
 
     def _out_of_order_cost(self) -> int:
@@ -792,8 +843,9 @@ class TcpFlow:
         self.state = TIME_WAIT
         self.fast = False
         self.rtx_at = NEVER
-        self.idle_at = now + TIME_WAIT_SECONDS
+        self.idle_at = _coarse(now + TIME_WAIT_SECONDS)
         self._arm()
+        self.stack.flows.note_time_wait(self)
 
     def abort(self, now: float, why: str, *, tell_guest: bool, error: int = tcp_output.ECONNRESET) -> None:
         """RST to the host's peer, and to the guest if it is to know; the flow is gone."""
@@ -821,7 +873,7 @@ class TcpFlow:
         self.state = CLOSED
         self.fast = self.sending = False
         stack.timers.cancel(self)
-        self.shares.in_flight.add(-sum(len(view) for _, view in self.rtx))
+        self.shares.in_flight.add(-tcp_output.held_bytes(self))
         self.rtx.clear()
         self._forget_out_of_order()
         self.ack_due = False
@@ -884,6 +936,16 @@ class TcpFlow:
         """Whether a new SYN means that the guest began again: the first got no answer, and this is no copy of it."""
         return self.state == CONNECTING and seq != self.irs
 
+    @property
+    def is_finished_by_guest(self) -> bool:
+        """Whether the guest has closed its half."""
+        return self.state in _FINISHED_BY_GUEST
+
+    def let_go(self, now: float) -> None:
+        """The guest is gone for good. Where it had closed its half, the host's peer gets what it sent, and no reset."""
+        if self.state in _FINISHED_BY_GUEST:
+            self._close(now, "guest is gone")
+
     def make_way(self, now: float) -> None:
         """A new connection of the guest takes this one's place. What the host has not taken yet still reaches it."""
         if self.state == TIME_WAIT:
@@ -897,19 +959,18 @@ class TcpFlow:
         """The guest is on another link now; headers and MSS follow."""
         self.stack.flows.move(self, link)
         self.link = link
-        held = (
-            sum(len(view) for _, view in self.rtx),
-            self.to_host_bytes,
-            self._out_of_order_cost(),
-        )
-        for shares, sign in ((self.shares, -1), (self.stack.budgets.of(link), 1)):
-            shares.in_flight.add(sign * held[0])
-            shares.for_host.add(sign * held[1])
-            shares.out_of_order.add(sign * held[2])
-            self.shares = shares
-        self.link_lost = False
+        in_flight = tcp_output.held_bytes(self)
         # The queue of the other link may refer to these chunks still: they must not be recycled (Stack.flush).
         self.rtx = deque((seq, memoryview(bytes(view))) for seq, view in self.rtx)
+        out_of_order = self._out_of_order_cost()
+        self.shares.in_flight.add(-in_flight)
+        self.shares.for_host.add(-self.to_host_bytes)
+        self.shares.out_of_order.add(-out_of_order)
+        self.shares = self.stack.budgets.of(link)
+        self.shares.in_flight.add(tcp_output.held_bytes(self))
+        self.shares.for_host.add(self.to_host_bytes)
+        self.shares.out_of_order.add(out_of_order)
+        self.link_lost = False
         self.waits_for_link = False
         self.writer = SegmentWriter(
             link, self.mac, self.stack.mac, self.peer, self.guest, self.peer_port << 16 | self.guest_port
@@ -994,7 +1055,7 @@ class TcpFlow:
         if self.heard_at > self._asked_at:
             self._keepalive_probes = 0
         if self.heard_at + KEEPALIVE_IDLE > now and not self._keepalive_probes:
-            self.idle_at = self.heard_at + KEEPALIVE_IDLE
+            self.idle_at = _coarse(self.heard_at + KEEPALIVE_IDLE)
             return
         if self._keepalive_probes >= KEEPALIVE_PROBES:
             self.abort(now, "guest silent", tell_guest=True)

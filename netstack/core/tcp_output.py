@@ -16,6 +16,12 @@ told not to report its socket as readable, and the guest's next ACK, the link, o
 Loss: three duplicate ACKs, or the retransmission timer (RFC 6298), resend the segment at SND.UNA; in recovery each
 partial acknowledgement resends the next two (RFC 6582), up to what had been sent when the loss was noticed.
 
+The end of a burst, behind which nothing comes that could be acknowledged twice, is not left to the retransmission timer
+and its 200 ms: when a guest falls silent for two round trips with more than a segment in flight, one segment is sent
+again as a probe (RFC 8985 section 7). There the probe is the last segment, and SACK blocks tell what is missing; guests
+are not offered SACK, so it is the first one, whose acknowledgement says more: everything, and it was late or the only
+one lost; or exactly itself, and what follows was lost too.
+
 A zero window is probed with an empty segment at SND.UNA - 1, as Linux does (tcp_write_wakeup): outside the guest's
 window, so it must answer with an ACK and its window (RFC 9293 3.10.7.4). RFC 9293 3.8.6.1 would send a byte of data;
 that byte would have to be read from the host first. Probes go on for as long as the guest answers them.
@@ -58,6 +64,9 @@ CHUNK = 1 << 18
 # time of a transfer to a guest, measured), memory used a moment ago is in the cache.
 POOLED_CHUNKS = 32
 
+# So many frames of 64 KiB come to as much, where they are received one by one.
+_DIRECT_FRAMES = 4
+
 # Small pieces of data that wait are put together up to this size: an entry of its own costs some 300 bytes.
 MERGED = 2048
 
@@ -70,6 +79,12 @@ _BURST_MINIMUM = 4
 RTO_INITIAL = 1.0
 _RTO_MINIMUM = 0.2
 _RTO_MAXIMUM = 60.0
+
+# Tail loss probes: none is due; the timer is that of a probe; one was sent, and nothing was acknowledged since.
+NO_PROBE, PROBE_DUE, PROBE_SENT = range(3)
+# RFC 8985 7.2 asks for two round trips, Linux adds two ticks of its timer (TCP_TIMEOUT_MIN, 8 ms); a guest under
+# emulation may not run for 10 ms and more.
+_PROBE_MINIMUM = 0.02
 
 # RFC 9293 3.8.3: R2 at least 100 s for data, 3 minutes for a SYN. With 0.2 s doubling, 12 retries are some 7 minutes;
 # with 1 s doubling, 7 SYNs are 127 s, Linux' tcp_syn_retries of 6.
@@ -197,7 +212,11 @@ def pump(flow: TcpFlow, now: float, *, override: bool = False) -> None:
             flow.waits_for_link = True
             link.wait_drained(flow)
         return
-    limit = min(space, CHUNK // mss * mss if mss < CHUNK else mss)
+    unit = flow.writer.unit(mss)
+    if link.direct and in_flight >= unit > mss:
+        _pump_direct(flow, space, unit, now)
+        return
+    limit = min(space, CHUNK // unit * unit)
     scratch = stack.scratch
     try:
         n = sock.recv_into(scratch, limit)
@@ -218,11 +237,58 @@ def pump(flow: TcpFlow, now: float, *, override: bool = False) -> None:
         stack.scratch = pool.pop() if pool else np.empty(CHUNK, dtype=np.uint8)
     else:
         view = memoryview(bytes(scratch.data[:n]))
-    _send_chunk(flow, view, n, now)
+    _send_chunk(flow, view, n, unit, now)
     if flow.interest < 0:
         flow.stalled = True  # nobody watches the socket; the ACK of this calls us again
     elif flow.stalled and space - n >= mss:
         flow.stalled = False  # else the window is full again, and the next ACK comes here
+        flow.want_readable(True)
+
+
+def _pump_direct(flow: TcpFlow, space: int, unit: int, now: float) -> None:
+    """Like pump(), in bulk: have the kernel put the data into the guest's own memory, and keep a copy.
+
+    Small answers do not come here: to gather the guest's buffers for 64 KiB costs more than to copy a little.
+    """
+    sock = flow.sock
+    assert sock is not None
+    link = flow.link
+    header = link.prefix + flow.writer.overhead
+    for _ in range(_DIRECT_FRAMES):
+        limit = min(space, unit)
+        pieces = link.reserve(header, limit)
+        if not pieces:  # the guest has no room
+            _stall(flow)
+            if not flow.waits_for_link:
+                flow.waits_for_link = True
+                link.wait_drained(flow)
+            return
+        try:
+            n = sock.recvmsg_into(pieces)[0]
+        except BlockingIOError:
+            link.commit(b"", 0)
+            flow.stalled = False
+            if not flow.interest & 1 or flow.interest < 0:
+                flow.want_readable(True)
+            return
+        except OSError as error:
+            link.commit(b"", 0)
+            flow.on_host_failed(now, f"host: {error.strerror}")
+            return
+        if n == 0:
+            link.commit(b"", 0)
+            flow.on_host_eof(now)
+            return
+        first = pieces[0]
+        data = bytes(first[:n]) if n <= len(first) else b"".join(pieces)
+        _send_chunk(flow, memoryview(data)[:n], n, unit, now, direct=True)
+        space -= n
+        if space < flow.mss or n < limit:
+            break
+    if flow.interest < 0:
+        flow.stalled = True
+    elif flow.stalled and space >= flow.mss:
+        flow.stalled = False
         flow.want_readable(True)
 
 
@@ -245,23 +311,35 @@ def _await_window(flow: TcpFlow, now: float) -> None:
         flow.arm_retransmission(at)
 
 
-def _send_chunk(flow: TcpFlow, view: memoryview, n: int, now: float) -> None:
-    """Send n bytes as segments, all of them within the guest's window."""
+def _send_chunk(flow: TcpFlow, view: memoryview, n: int, unit: int, now: float, *, direct: bool = False) -> None:
+    """Send n bytes, all of them within the guest's window, as segments or as frames of up to `unit` bytes of them.
+
+    `direct`: the link has them already (Link.reserve), as one frame.
+    """
     seq = flow.snd_nxt
     mss = flow.mss
     rtx = flow.rtx
     if rtx and n < MERGED and len(rtx[-1][1]) + n <= MERGED:
         first, data = rtx[-1]
         rtx[-1] = (first, memoryview(b"".join((data, view))))
+        flow.shares.in_flight.add(n)
     else:
         rtx.append((seq, view))
-    flow.shares.in_flight.add(n)
+        flow.shares.in_flight.add(_held(view))
     flow.bytes_to_guest += n
     window = advertised_window(flow)
     ack = flow.rcv_nxt
     writer = flow.writer
-    if n <= mss:
+    if direct:
+        flow.link.commit(writer.head(seq, ack, PSH | ACK, window, n, mss), n)
+    elif n <= mss:
         writer.send(seq, ack, PSH | ACK, window, view)
+    elif unit > mss:
+        done = 0
+        while n - done > unit:
+            writer.send((seq + done) & M, ack, ACK, window, view[done : done + unit], mss=mss)
+            done += unit
+        writer.send((seq + done) & M, ack, PSH | ACK, window, view[done:], mss=mss)
     else:
         done = 0
         k = n // mss
@@ -282,7 +360,29 @@ def _send_chunk(flow: TcpFlow, view: memoryview, n: int, now: float) -> None:
         flow.rtt_seq = flow.snd_nxt
     if seq == flow.snd_una:  # nothing was in flight: no retransmission was due, a probe perhaps
         flow.retries = 0
-        flow.arm_retransmission(now + flow.rto)
+        flow.arm_retransmission(_next_retransmission(flow, now))
+
+
+def _held(view: memoryview) -> int:
+    """How many bytes of memory a piece keeps that waits for its acknowledgement: a large one keeps its whole chunk."""
+    owner: object = view.obj
+    return owner.nbytes if type(owner) is np.ndarray else len(view)
+
+
+def held_bytes(flow: TcpFlow) -> int:
+    """How many bytes of memory all pieces keep that wait for their acknowledgement."""
+    return sum(_held(view) for _, view in flow.rtx)
+
+
+def _next_retransmission(flow: TcpFlow, now: float) -> float:
+    """Something was sent or acknowledged, and something is in flight: when to send again what is not acknowledged."""
+    if flow.srtt and not flow.in_recovery and (flow.snd_nxt - flow.snd_una) & M > flow.mss:
+        probe = max(2 * flow.srtt, _PROBE_MINIMUM)
+        if probe < flow.rto:
+            flow.probe = PROBE_DUE
+            return now + probe
+    flow.probe = NO_PROBE
+    return now + flow.rto
 
 
 def on_acked(flow: TcpFlow, now: float) -> None:
@@ -300,10 +400,12 @@ def on_acked(flow: TcpFlow, now: float) -> None:
         if covered < n or covered >= 0x80000000:
             break
         rtx.popleft()
-        freed += n
         chunk: object = view.obj
         if type(chunk) is np.ndarray:
+            freed += chunk.nbytes
             stack.acked_chunks.append((flow.link, chunk))
+        else:
+            freed += n
     flow.shares.in_flight.add(-freed)
     if flow.rtt_at and (una - flow.rtt_seq) & M < 0x80000000:
         measure_rtt(flow, now)
@@ -313,8 +415,12 @@ def on_acked(flow: TcpFlow, now: float) -> None:
     if una == flow.snd_nxt:
         flow.rtx_at = NEVER
         flow.in_recovery = False
+        flow.probe = NO_PROBE
         return
-    flow.rtx_at = now + flow.rto
+    if flow.probe == PROBE_SENT and una == flow.resent:
+        flow.in_recovery = True  # exactly the probe: what was in flight behind it has not arrived either
+        flow.recover = flow.snd_nxt
+    flow.rtx_at = _next_retransmission(flow, now)
     if flow.rtx_at < flow.timer_at:
         flow.arm_retransmission(flow.rtx_at)
     if flow.in_recovery:
@@ -363,6 +469,7 @@ def fast_retransmit(flow: TcpFlow, now: float) -> None:
     """Three duplicate ACKs (RFC 5681 3.2)."""
     flow.dup_acks = 0
     flow.in_recovery = True
+    flow.probe = NO_PROBE
     flow.recover = flow.snd_nxt
     flow.stack.counters.tcp_fast_retransmits += 1
     _retransmit(flow)
@@ -383,6 +490,14 @@ def on_retransmit_timeout(flow: TcpFlow, now: float) -> None:
     if flow.snd_una == flow.snd_nxt:
         _on_window_timeout(flow, now)
         return
+    if flow.probe == PROBE_DUE and flow.snd_wnd:
+        flow.probe = PROBE_SENT
+        if not flow.link.backlog:  # else it is still on its way
+            flow.stack.counters.tcp_loss_probes += 1
+            flow.resent = _retransmit(flow)
+        flow.arm_retransmission(now + flow.rto)
+        return
+    flow.probe = NO_PROBE
     if flow.snd_wnd or now - flow.heard_at > _RTO_MAXIMUM * 2:
         flow.retries += 1
     else:

@@ -9,8 +9,8 @@ Toward the host, the hot path is one look-up in a dict: `paths`, from both endpo
 to one peer, as of a stream, are held back until the batch of frames at hand ends, and leave in one call, which the
 kernel takes apart (UDP_SEGMENT: 0.5 us a datagram in place of 3.3 with a call for each, over the loopback). Toward the
 guest, what a wakeup finds is received into one buffer, where the kernel may have merged datagrams of one size (UDP_GRO:
-0.1 in place of 1.3 us); such runs become frames by array arithmetic (`core.udp_bursts`), others by one packed header
-and one checksum each.
+0.1 in place of 1.3 us) or handed over several in one call (recvmmsg: 0.7 us); such runs become frames by array
+arithmetic (`core.udp_bursts`), others by one packed header and one checksum each.
 
 Who may answer: any port of any address that the guest has sent to through this flow (address-dependent filtering,
 RFC 4787 REQ-8). The host's port is open to the host's whole network, and a guest that has sent one datagram has not
@@ -28,6 +28,8 @@ udp_refused_by_guest (the guest answered our datagram with an ICMP error).
 from __future__ import annotations
 
 import errno
+import functools
+from collections.abc import Sequence
 from struct import Struct
 from typing import ClassVar
 
@@ -37,7 +39,7 @@ from netstack.core.datagram_table import LARGEST, DatagramFlows
 from netstack.core.datagrams import BURST, BUSY, RESOLUTION, DatagramFlow, Stack
 from netstack.core.flows import FlowKey, flow_key
 from netstack.core.ports import MAX_SEGMENTS, MAX_SEGMENTS_BYTES, Buffer, DatagramSocket, Link
-from netstack.core.udp_bursts import PAYS_FROM, write_burst
+from netstack.core.udp_bursts import PAYS_FROM, queue_run, write_burst
 from netstack.wire.checksum import pseudo_sum, sum_words
 from netstack.wire.icmp import NO_ROUTE, TTL_EXCEEDED
 from netstack.wire.ipv4 import PROTOCOL_UDP, write_ipv4
@@ -162,24 +164,60 @@ class UdpFlow(DatagramFlow):
         pending = self._pending
         self._pending = []
         dst, target, port, ttl, dont_fragment = self._dst, self._target, self._port, self._ttl, self._dont_fragment
-        if len(pending) > 1:
-            try:
-                self.sock.send_segments(pending, self._segment, target, port, ttl, dont_fragment)
-            except OSError as error:
-                if error.errno in BUSY:
-                    for _ in pending:
-                        self.stack.counters.drop("udp_host_queue_full")
-                    return
-                # Larger than the path's MTU, which the kernel does not do in this way, or a device that cannot do it;
-                # or the echo of an ICMP error. One by one it will turn out.
-                if error.errno in (errno.EINVAL, errno.EMSGSIZE):
-                    self._largest_segment = min(self._largest_segment, self._segment - 1)
-                elif error.errno == errno.EIO:
-                    self._largest_segment = 0
-            else:
-                return
+        if len(pending) > 1 and self._send_segments(
+            pending, len(pending), self._segment, target, port, ttl, dont_fragment
+        ):
+            return
         for payload in pending:
             self._send_one(payload, dst, target, port, ttl, dont_fragment)
+
+    def send_run(
+        self, payload: memoryview, size: int, dst: bytes, target: bytes, port: int, ttl: int, dont_fragment: bool
+    ) -> None:
+        """Send datagrams of `size` bytes each, the last perhaps shorter, that lie one behind the other."""
+        if self._pending:
+            self.flush()
+        self.bytes_from_guest += len(payload)
+        step = min(MAX_SEGMENTS, MAX_SEGMENTS_BYTES // size) * size
+        for at in range(0, len(payload), step or size):
+            part = payload[at : at + (step or size)]
+            count = -(-len(part) // size)
+            if (
+                count > 1
+                and self.sock.segments
+                and size <= self._largest_segment
+                and self._send_segments((part,), count, size, target, port, ttl, dont_fragment)
+            ):
+                continue
+            for first in range(0, len(part), size):
+                self._send_one(part[first : first + size], dst, target, port, ttl, dont_fragment)
+
+    def _send_segments(
+        self,
+        payloads: Sequence[Buffer],
+        count: int,
+        segment: int,
+        target: bytes,
+        port: int,
+        ttl: int,
+        dont_fragment: bool,
+    ) -> bool:
+        """Send `count` datagrams in one call; False: they must go one by one."""
+        try:
+            self.sock.send_segments(payloads, segment, target, port, ttl, dont_fragment)
+        except OSError as error:
+            if error.errno in BUSY:
+                for _ in range(count):
+                    self.stack.counters.drop("udp_host_queue_full")
+                return True
+            # Larger than the path's MTU, which the kernel does not do in this way, or a device that cannot do it; or
+            # the echo of an ICMP error. One by one it will turn out.
+            if error.errno in (errno.EINVAL, errno.EMSGSIZE):
+                self._largest_segment = min(self._largest_segment, segment - 1)
+            elif error.errno == errno.EIO:
+                self._largest_segment = 0
+            return False
+        return True
 
     def _send_one(self, payload: Buffer, dst: bytes, target: bytes, port: int, ttl: int, dont_fragment: bool) -> None:
         try:
@@ -192,6 +230,12 @@ class UdpFlow(DatagramFlow):
     def receive(self, mtu: int, now: float) -> None:
         """Receive into one buffer, and pass on as one run what has come from one peer in one size."""
         scratch = self.table.scratch
+        if self.sock.batches:
+            try:
+                self.sock.receive_batch(scratch, functools.partial(self._deliver_batch, mtu))
+            except OSError:
+                self.drain_errors()
+            return
         last = len(scratch) - LARGEST
         receive_from = self.sock.receive_from
         start = end = size = port = 0
@@ -217,6 +261,9 @@ class UdpFlow(DatagramFlow):
         if end > start:
             self._deliver(start, end, size, address, port, mtu)
 
+    def _deliver_batch(self, mtu: int, length: int, size: int, address: bytes, port: int) -> None:
+        self._deliver(0, length, size, address, port, mtu)
+
     def _deliver(self, start: int, end: int, size: int, address: bytes, port: int, mtu: int) -> None:
         """Send to the guest the datagrams in scratch[start:end], of `size` bytes each, the last perhaps shorter."""
         src = self.asked.get(address)
@@ -225,6 +272,13 @@ class UdpFlow(DatagramFlow):
             return
         self.bytes_to_guest += end - start
         overhead = 28 if len(src) == 4 else 48
+        offload = self.link.offload
+        if offload is not None and offload.uso and end - start > size and 0 < size <= mtu - overhead:
+            if end - start >= size * PAYS_FROM:
+                self.sock.expect_bursts()
+            run = self.table.scratch[start:end]
+            queue_run(self.link, self.mac, self.stack.mac, src, port, self.guest, self.port, run, size)
+            return
         if end - start >= size * PAYS_FROM and 0 < size <= mtu - overhead:
             self.sock.expect_bursts()
             whole = (end - start) // size * size
@@ -295,6 +349,15 @@ class UdpPath:
             flow.table.remember_asked(flow, self._target, self._dst)
         flow.send(payload, self._dst, self._target, self._port, ttl - 1, dont_fragment)
 
+    def send_run(self, payload: memoryview, size: int, ttl: int, dont_fragment: bool, now: float) -> None:
+        """The same for datagrams of `size` bytes each, that lie one behind the other. Untrusted."""
+        flow = self.flow
+        if now - flow.used_at >= RESOLUTION:
+            flow.table.touch(flow, now)
+        if flow.asked.get(self._target) != self._dst:
+            flow.table.remember_asked(flow, self._target, self._dst)
+        flow.send_run(payload, size, self._dst, self._target, self._port, ttl - 1, dont_fragment)
+
 
 class UdpFlows(DatagramFlows[UdpFlow]):
     """All UDP flows, and what they share."""
@@ -331,11 +394,13 @@ class UdpFlows(DatagramFlows[UdpFlow]):
         ttl: int,
         dont_fragment: bool,
         now: float,
+        segment: int = 0,
     ) -> None:
         """A guest's datagram to the world, payload at buffer[start:end]. Untrusted.
 
         `dst` is a unicast address outside the guests' network, or the gateway's. `dont_fragment` of IPv6
-        is whether it came as one packet.
+        is whether it came as one packet. With `segment` the payload is that of several datagrams, of `segment` bytes
+        each, the last perhaps shorter.
         """
         payload = buffer[start:end]
         target = self.stack.to_host(dst)
@@ -373,7 +438,10 @@ class UdpFlows(DatagramFlows[UdpFlow]):
         self.paths[key] = UdpPath(flow, dst, target, dst_port)
         flow.path_keys.add(key)
         # Last: an error that goes to the guest may find its link gone, and close this flow.
-        flow.send(payload, dst, target, dst_port, ttl, dont_fragment)
+        if segment:
+            flow.send_run(payload, segment, dst, target, dst_port, ttl, dont_fragment)
+        else:
+            flow.send(payload, dst, target, dst_port, ttl, dont_fragment)
 
     def forget_paths(self) -> None:
         """Have every datagram take the slow road again: there are too many paths, or what is allowed has changed."""

@@ -13,12 +13,14 @@ from netstack.core.stack import Stack
 from netstack.host.poller import HostPoller
 from netstack.vde.attachment import Attachment, StreamConnector, StreamDescriptor, StreamListener
 from netstack.vde.datagram import DatagramLink
-from netstack.vde.link import BaseLink
+from netstack.vde.link import VIOLATION, BaseLink
 from netstack.vde.stream import StreamLink
 from netstack.vde.vde_switch import VdeSwitch
 
 if TYPE_CHECKING:
     from netstack.host.capture import Capture
+    from netstack.vde.tap import TapLink
+    from netstack.vde.vhost_user import VhostUserLink
 
 
 class Links:
@@ -52,7 +54,54 @@ class Links:
             return StreamConnector(spec.uri, self, **where)
         if spec.scheme == "fd":
             return StreamDescriptor(spec.uri, self, fd=spec.fd)
+        if spec.scheme == "tap":
+            return self._make_tap(spec)
+        if spec.scheme == "vhost-user":
+            from netstack.vde.vhost_user_attachment import VhostUserListener
+
+            return VhostUserListener(spec.uri, self, path=spec.path)
         return VdeSwitch(spec.uri, self, directory=spec.path)
+
+    def _make_tap(self, spec: LinkSpec) -> Attachment:
+        # Its modules are Linux's alone, and not needed by most.
+        from netstack.vde.tap_attachment import TapDescriptor, TapDevice
+
+        if spec.fd >= 0:
+            return TapDescriptor(spec.uri, self, fd=spec.fd)
+        return TapDevice(spec.uri, self, device=spec.device, path=spec.path, pid=spec.pid)
+
+    @property
+    def mtu(self) -> int:
+        """The MTU that guests are told."""
+        return self._mtu
+
+    def tap(self, name: str, fd: int) -> TapLink:
+        """Make a link of a tap and join it to the stack."""
+        from netstack.vde.tap import TapLink
+
+        link = TapLink(name, fd, self._mtu, self._poller, self._stack.receive_frames)
+        self._join(link)
+        return link
+
+    def vhost_user(self, name: str, sock: socket.socket) -> VhostUserLink:
+        """Make a link of a connection to a vhost-user front-end and join it to the stack."""
+        from netstack.vde.vhost_user import VhostUserLink
+
+        link = VhostUserLink(name, sock, self._mtu, self._poller, self._stack)
+
+        def on_up(now: float) -> None:
+            # What was said when the front-end connected, no driver has heard.
+            self._stack.greet(link, now)
+            self._on_link(link, now)
+
+        link.on_up = on_up
+        link.on_unsealed = lambda: self._log.warning(
+            "guest memory is in a file that may become shorter, which would end netstack; "
+            "QEMU's memory-backend-memfd is safe",
+            link=name,
+        )
+        self._join(link)
+        return link
 
     def stream(self, name: str, sock: socket.socket) -> StreamLink:
         """Make a stream link and join it to the stack."""
@@ -87,4 +136,8 @@ class Links:
 
     def _on_closed(self, link: BaseLink, why: str) -> None:
         self._stack.remove_link(link, time.monotonic())
-        self._log.info("link closed", link=link.name, why=why)
+        if why.startswith(VIOLATION):
+            self._stack.counters.drop("link_violation")
+            self._log.warning("link closed", link=link.name, why=why)
+        else:
+            self._log.info("link closed", link=link.name, why=why)

@@ -14,10 +14,14 @@ from __future__ import annotations
 import contextlib
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from struct import Struct
+from typing import TYPE_CHECKING
 
 from netstack.core.ports import Buffer, SocketError
+
+if TYPE_CHECKING:
+    from netstack.host.batches import BatchReceiver
 
 _LINUX = sys.platform == "linux"
 
@@ -49,10 +53,18 @@ _ERROR_SPACE = socket.CMSG_SPACE(_EXTENDED_ERROR.size + 28)
 # Of the datagram that failed: an ICMP error quotes at most 576 bytes (RFC 1812 4.3.2.3) or 1280 (RFC 4443 2.4).
 _QUOTE = 1280
 
+# include/uapi/asm-generic/socket.h
+_SO_RCVBUFFORCE = 33
+
 # Control message with the size of merged datagrams: an int.
 _SEGMENT_SPACE = socket.CMSG_SPACE(4)
-# Receptions after which it shows whether merging pays.
+# Receptions after which it shows whether merging, or receiving by the dozen, pays.
 _TRIAL = 256
+# What one call of recvmmsg() may take, of batches.COUNT; the same where the kernel merges.
+_BATCH = 64
+_MERGED_LIMIT = 4
+# From how many datagrams on one call for all of them is better than one for each.
+_BATCH_PAYS_FROM = 8
 
 # Room for a burst that arrives while the guest's link is busy. Linux grants at most net.core.rmem_max, 208 KiB unless
 # tuned; macOS kern.ipc.maxsockbuf.
@@ -67,11 +79,20 @@ _NAMES = 8192
 class AddressNames:
     """Addresses as bytes and as the strings that Python's sockets want: a bounded cache, one for all sockets."""
 
-    __slots__ = ("_addresses", "_names")
+    __slots__ = ("_addresses", "_names", "_receiver")
 
     def __init__(self) -> None:
         self._names: dict[bytes, str] = {}
         self._addresses: dict[str, bytes] = {}
+        self._receiver: BatchReceiver | None = None
+
+    def receiver(self) -> BatchReceiver | None:
+        """What receives many datagrams in one call, one for all sockets; None where the system cannot."""
+        if self._receiver is None:
+            from netstack.host.batches import make_receiver  # ctypes takes 10 ms to import, and few need it
+
+            self._receiver = make_receiver()
+        return self._receiver
 
     def name(self, address: bytes) -> str:
         """192.168.5.15 for its four bytes."""
@@ -101,9 +122,12 @@ class HostDatagramSocket:
     """A `DatagramSocket` around a real one."""
 
     __slots__ = (
+        "_batch",
         "_calls",
         "_dont_fragment",
+        "_few",
         "_ipv6",
+        "_limit",
         "_merged",
         "_merging",
         "_names",
@@ -111,6 +135,7 @@ class HostDatagramSocket:
         "_send",
         "_sock",
         "_ttl",
+        "batches",
         "segments",
     )
 
@@ -126,6 +151,10 @@ class HostDatagramSocket:
         self.segments = _LINUX and sock.proto in (0, socket.IPPROTO_UDP)
         self._merging: bool | None = None  # None: not tried yet
         self._calls = self._merged = 0
+        self.batches = False
+        self._batch: BatchReceiver | None = None
+        self._limit = _BATCH
+        self._few = 0
         self._dont_fragment: bool | None = None
         if _LINUX:
             if self._ipv6:
@@ -163,12 +192,30 @@ class HostDatagramSocket:
         return length, length, self._names.address(peer[0]), peer[1]
 
     def expect_bursts(self) -> None:
+        if self.batches:
+            return
         if self._merging is None:
             self._merging = False
             if self.segments:
                 with contextlib.suppress(OSError):  # kernels before 5.0
                     self._sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
                     self._merging = True
+        if self._batch is None and self.segments:
+            self._batch = self._names.receiver()
+        self.batches = self._batch is not None
+        self._few = 0
+
+    def receive_batch(self, buffer: memoryview, take: Callable[[int, int, bytes, int], None]) -> int:
+        assert self._batch is not None
+        count, merged = self._batch.receive(self._sock.fileno(), self._limit, buffer, take)
+        # What is merged may be 64 KiB each, and one turn should not fill the guest's link.
+        self._limit = _MERGED_LIMIT if merged else min(_BATCH, self._limit * 2)
+        if merged or count >= _BATCH_PAYS_FROM:
+            self._few = 0
+        else:
+            self._few += 1
+            self.batches = self._few < _TRIAL
+        return count
 
     def _receive_merged(self, buffer: memoryview) -> tuple[int, int, bytes, int]:
         """Receive with the segments' size in a control message, which costs 0.4 us more than receiving without."""
@@ -243,6 +290,18 @@ class HostDatagramSocket:
 _ERROR_MESSAGES = frozenset(((socket.IPPROTO_IP, _IP_RECVERR), (socket.IPPROTO_IPV6, _IPV6_RECVERR)))
 
 
+def _set_receive_buffer(sock: socket.socket) -> None:
+    """Room for bursts; beyond net.core.rmem_max only root gets it."""
+    if _LINUX:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
+        except OSError:
+            pass
+        else:
+            return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+
+
 def open_udp(names: AddressNames, address: bytes, port: int) -> HostDatagramSocket:
     """A UDP socket of the family of `address`, bound to `port` where that is free, else to another.
 
@@ -253,7 +312,7 @@ def open_udp(names: AddressNames, address: bytes, port: int) -> HostDatagramSock
     try:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # the other family has sockets of its own
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+        _set_receive_buffer(sock)
         if not _LINUX:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         any_address = "::" if family == socket.AF_INET6 else "0.0.0.0"

@@ -21,7 +21,7 @@ from time import monotonic
 
 import trio
 
-from netstack.core.ports import FAILED, HUNG_UP, READABLE, WRITABLE, Handler
+from netstack.core.ports import FAILED, HUNG_UP, PEER_CLOSED, READABLE, WRITABLE, Handler
 
 # Rounds after which trio gets its turn. 8 was the prototype's; the gain flattens beyond 4 (measured there).
 ROUNDS = 8
@@ -80,12 +80,12 @@ class HostPoller:
     if sys.platform == "linux":
 
         def register(self, fd: int, handler: Handler, events: int) -> None:
-            self._epoll.register(fd, events)
+            self._epoll.register(fd, events | PEER_CLOSED if events & READABLE else events)
             self._handlers[fd] = handler
             self._fresh.add(fd)
 
         def modify(self, fd: int, events: int) -> None:
-            self._epoll.modify(fd, events)
+            self._epoll.modify(fd, events | PEER_CLOSED if events & READABLE else events)
 
         def unregister(self, fd: int) -> None:
             if self._handlers.pop(fd, None) is not None:
@@ -123,7 +123,7 @@ class HostPoller:
             for event in self._kqueue.control(None, _EVENTS, 0):
                 bits = READABLE if event.filter == select.KQ_FILTER_READ else WRITABLE
                 if event.flags & select.KQ_EV_EOF:
-                    bits |= READABLE
+                    bits |= READABLE | PEER_CLOSED
                     if event.fflags:
                         bits |= FAILED | HUNG_UP
                 ready[event.ident] = ready.get(event.ident, 0) | bits

@@ -18,6 +18,10 @@ _LINGER = struct.pack("ii", 1, 0)
 # connect() of a non-blocking socket; the result comes with writability (connect(2)).
 _IN_PROGRESS = frozenset((0, errno.EINPROGRESS))
 
+# Linux makes a socket non-blocking at once, without another call (socket(2)).
+_NONBLOCK: int = getattr(socket, "SOCK_NONBLOCK", 0)
+_STREAM = socket.SOCK_STREAM | _NONBLOCK
+
 # A guest's upload is written here in batches of up to 1 MiB; the kernel grows it by itself up to tcp_wmem, but a larger
 # start saves the first short writes.
 _SEND_BUFFER = 1 << 20
@@ -32,9 +36,10 @@ class HostSockets:
     def open_tcp(self, address: bytes, port: int) -> HostSocket:
         """Begin a non-blocking connect to a packed address."""
         ipv6 = len(address) == 16
-        sock = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, socket.SOCK_STREAM)
+        sock = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, _STREAM)
         try:
-            sock.setblocking(False)
+            if not _NONBLOCK:
+                sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             target = str(IPv6Address(address)) if ipv6 else socket.inet_ntoa(address)
             result = sock.connect_ex((target, port))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from netstack.core.ports import (
     Host,
     HostSocket,
     Link,
+    Offload,
     SocketError,
 )
 from netstack.core.reassembly import fragment
@@ -65,6 +67,8 @@ class FakeLink:
         self.known_macs: set[tuple[int, int]] = set()
         self.interface = 0
         self.capture: Capture | None = None
+        self.offload: Offload | None = None
+        self.direct = False
         self.waiters: list[DrainWaiter] = []
         self.bursts: list[NDArray[uint8]] = []
 
@@ -81,6 +85,12 @@ class FakeLink:
         self.bursts.append(frames)
 
     def flush(self) -> None:
+        raise NotImplementedError
+
+    def reserve(self, header: int, limit: int) -> list[memoryview]:
+        raise NotImplementedError
+
+    def commit(self, head: Buffer, length: int) -> None:
         raise NotImplementedError
 
     def wait_drained(self, waiter: DrainWaiter) -> None:
@@ -115,6 +125,7 @@ class FakeDatagramSocket:
         self.failures: deque[OSError | None] = deque()  # of the next sends
         self._closed = False
         self.segments = segments
+        self.batches = False
         self.segment_failures: deque[OSError | None] = deque()
         self.bursts_expected = False
         self.calls = 0
@@ -141,16 +152,17 @@ class FakeDatagramSocket:
         self, payloads: Sequence[Buffer], segment: int, address: bytes, port: int, ttl: int, dont_fragment: bool
     ) -> None:
         assert self.segments
-        assert 1 < len(payloads) <= MAX_SEGMENTS
-        assert sum(map(len, payloads)) <= MAX_SEGMENTS_BYTES
-        assert all(len(payload) == segment for payload in payloads[:-1])
-        assert 0 < len(payloads[-1]) <= segment
+        whole = b"".join(payloads)  # as the kernel takes it: where one ends does not matter
+        datagrams = [whole[at : at + segment] for at in range(0, len(whole), segment)]
+        assert 1 < len(datagrams) <= MAX_SEGMENTS
+        assert len(whole) <= MAX_SEGMENTS_BYTES
+        assert len(payloads) in (1, len(datagrams))
         self.calls += 1
         failure = self.segment_failures.popleft() if self.segment_failures else None
         if failure is not None:
             raise failure
-        for payload in payloads:
-            self.sent.append(Sent(bytes(payload), address, port, ttl, dont_fragment))
+        for payload in datagrams:
+            self.sent.append(Sent(payload, address, port, ttl, dont_fragment))
 
     def expect_bursts(self) -> None:
         self.bursts_expected = True
@@ -166,6 +178,25 @@ class FakeDatagramSocket:
         assert len(buffer) >= 65536
         buffer[: len(payload)] = payload
         return len(payload), segment[0] if segment else len(payload), address, port
+
+    def receive_batch(self, buffer: memoryview, take: Callable[[int, int, bytes, int], None]) -> int:
+        """All that is there, in runs of one peer and size."""
+        assert self.batches
+        count = 0
+        for (size, address, port), group in itertools.groupby(self._arrived(), lambda each: (len(each[0]), *each[1:])):
+            payloads = [payload for payload, _, _ in group]
+            count += len(payloads)
+            whole = b"".join(payloads)
+            buffer[: len(whole)] = whole
+            take(len(whole), size, address, port)
+        return count
+
+    def _arrived(self) -> Iterator[tuple[bytes, bytes, int]]:
+        while self.incoming:
+            item = self.incoming.popleft()
+            if isinstance(item, OSError):
+                raise item
+            yield item[0], item[1], item[2]
 
     def receive_error(self) -> SocketError | None:
         return self.errors.popleft() if self.errors else None

@@ -156,3 +156,51 @@ def test_iterating_while_flows_end() -> None:
     assert len(world.stack.flows) == 0
     assert all(sock.was_reset for sock in socks)
     world.check()
+
+
+def _waits(world: World, port: int) -> Talk:
+    """A connection of the guest's in TIME-WAIT."""
+    talk = established(talk=Talk(world=world, guest_port=port))
+    talk.host.closes()
+    talk.settle()
+    talk.received()
+    talk.guest(seg("FA", ack=2))
+    talk.received()
+    assert talk.state == "TIME_WAIT"
+    return talk
+
+
+def test_the_oldest_in_time_wait_makes_room_for_a_new_connection() -> None:
+    """2,000 connections a second leave 4,000 in TIME-WAIT, and a guest that makes more must not run into its limit."""
+    world = World(limits=Limits(tcp_flows=3))
+    first, second, alive = _waits(world, 1), _waits(world, 2), established(talk=Talk(world=world, guest_port=3))
+    _open(world, 4).expect(seg("SA", ack=1))
+    assert (first.state, second.state, alive.state) == ("CLOSED", "TIME_WAIT", "ESTABLISHED")
+    _open(world, 5).expect(seg("SA", ack=1))
+    assert (second.state, alive.state) == ("CLOSED", "ESTABLISHED")
+    _open(world, 6).silence()
+    assert world.drops == {"tcp_flow_table_full": 1}
+    assert not world.stack.flows._time_wait
+
+
+def test_another_guests_time_wait_is_its_own() -> None:
+    world = World(limits=Limits(tcp_flows=2))
+    waiting = _waits(world, 1)
+    established(talk=Talk(world=world, guest_port=2))
+    other = Talk(world=world, link=world.add_link("two"), mac=OTHER_MAC, guest=OTHER4)
+    other.guest(seg("S", mss=1460))
+    other.silence()
+    assert waiting.state == "TIME_WAIT"
+
+
+def test_time_wait_follows_its_guest_to_another_link_and_ends_there() -> None:
+    world = World()
+    talk = _waits(world, 1)
+    flow, link = talk.flow, world.add_link("two")
+    world.stack.flows.move(flow, link)
+    flow.link = link
+    assert world.stack.flows.oldest_time_wait(link) is flow
+    assert world.stack.flows.oldest_time_wait(talk.link) is None
+    talk.wait(2.0)
+    assert talk.state == "CLOSED"
+    assert not world.stack.flows._time_wait

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from netstack.core.ports import Buffer, Handler, TcpServiceCall
 from netstack.core.stack import ACK_DELAY
+from netstack.core.tcp import TcpFlow
 from tests.fakes import FakeLink, FakeSocket, oserror
 from tests.frames import Seg, read_segment, udp_frame
 from tests.script import Talk, established, seg
@@ -325,3 +327,29 @@ def test_datagrams_larger_than_the_guests_mtu_are_fragmented(size: int) -> None:
 def test_the_host_sees_the_gateway_as_its_loopback() -> None:
     talk = established(talk=Talk(peer=GATEWAY4))
     assert talk.world.host.opened == [("tcp", b"\x7f\0\0\1", 80)]
+
+
+def test_connections_leave_no_reference_cycles() -> None:
+    """The process looks for them seldom (cli.serving): what ends must go by itself."""
+    world = World(oracle=False)
+    world.add_link()
+    gc.collect()
+    gc.disable()
+    try:
+        for port in range(20):
+            talk = established(talk=Talk(world=world, guest_port=1000 + port))
+            talk.guest(seg("PA", data=b"?"))
+            talk.host.sends(b"answer")
+            talk.host.closes()
+            talk.settle()
+            talk.received()
+            talk.guest(seg("FA", ack=8))
+            talk.received()
+            assert talk.state == "TIME_WAIT"
+        world.advance(world.now + 300)
+        assert not world.stack.flows.tcp
+        world._edges.clear()  # the test's own notes
+        del talk
+        assert not [each for each in gc.get_objects() if type(each) is TcpFlow and each.stack is world.stack]
+    finally:
+        gc.enable()

@@ -422,3 +422,15 @@ def test_a_host_that_takes_nothing_is_given_up_after_the_guest_closed() -> None:
     talk.wait(2)
     assert talk.host.closed
     assert talk.world.stack.bytes_for_host == 0
+
+
+def test_the_hosts_last_data_and_its_fin_leave_together() -> None:
+    """One wakeup, and one call of the link, where a server answers and closes."""
+    talk = established()
+    talk.host.sends(b"bye")
+    talk.host.closes()
+    flushes: list[int] = []
+    talk.link.on_flush = lambda: flushes.append(talk.link.backlog) if talk.link.backlog else None
+    talk.settle()
+    talk.expect(seg("PA", seq=1, data=b"bye"), seg("FA", seq=4))
+    assert len(flushes) == 1

@@ -10,7 +10,8 @@ import pytest
 
 from netstack.core import stack as stack_module
 from netstack.core.ports import READABLE, WRITABLE
-from tests.script import Talk, established, fin_wait_2, seg
+from netstack.core.tcp_output import CHUNK
+from tests.script import Talk, close_wait, established, fin_wait_2, seg
 
 ACK_DELAY = stack_module.ACK_DELAY
 
@@ -418,4 +419,35 @@ def test_a_host_that_closed_for_good_resets_what_the_guest_still_sends() -> None
     talk.settle()
     talk.guest(seg("A", data=b"anyone?"))
     talk.expect(seg("RA", seq=2, ack=8))
+    assert talk.state == "CLOSED"
+
+
+def test_a_large_read_counts_the_whole_chunk_that_it_keeps() -> None:
+    """Or a guest that acknowledges nothing could hold twice what the budget says."""
+    talk = established(mss=1460, scale=7, window=8192)
+    talk.host.sends(b"x" * 140_000)
+    talk.settle()
+    assert len(talk.flow.rtx) == 1
+    assert talk.world.stack.bytes_in_flight == CHUNK
+    talk.received()
+    talk.guest(seg("A", ack=140_001))
+    assert talk.world.stack.bytes_in_flight == 0
+
+
+def test_a_guest_that_has_said_all_acknowledges_on_the_fast_path() -> None:
+    """CLOSE_WAIT may last for gigabytes; data behind the guest's FIN is none."""
+    talk = close_wait(mss=1000)
+    talk.host.sends(b"x" * 3000)
+    talk.settle()
+    talk.received()
+    assert talk.flow.fast
+    talk.guest(seg("A", ack=3001))
+    assert talk.world.stack.bytes_in_flight == 0
+    talk.guest(seg("PA", ack=3001, data=b"beyond the end"))
+    assert talk.state == "CLOSE_WAIT"
+    assert not talk.host.taken
+    talk.host.closes()
+    talk.settle()
+    talk.expect(seg("FA", seq=3001))
+    talk.guest(seg("A", ack=3002))
     assert talk.state == "CLOSED"

@@ -53,12 +53,17 @@ class Ipxe:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._serial, serial = socket.socketpair()
         kind, _, rest = self._nic.netdev.partition(",")
+        more = ["-object", f"filter-dump,id=f0,netdev=n0,file={self._folder / 'ipxe.pcap'}"]
+        if self._nic.chardev:
+            rest = "chardev=c0"
+            more = ["-chardev", f"{self._nic.chardev},id=c0", "-machine", "memory-backend=ram"]
+            more += ["-object", "memory-backend-memfd,id=ram,share=on,size=64M"]
         command = [
             *(*self._prefix, *LEASH, find_qemu(), "-machine", "pc,graphics=off", "-m", "64"),
             *("-accel", find_accelerator(), "-display", "none", "-nodefaults", "-no-user-config", "-boot", "n"),
             *("-chardev", f"socket,id=serial,fd={serial.fileno()}", "-serial", "chardev:serial"),
+            *more,
             *("-netdev", f"{kind},id=n0,{rest}", "-device", f"{self._nic.device},netdev=n0,mac={self._nic.mac}"),
-            *("-object", f"filter-dump,id=f0,netdev=n0,file={self._folder / 'ipxe.pcap'}"),
         ]
         self._log = (self._folder / "ipxe.log").open("ab")
         self._log.write(shlex.join(command).encode() + b"\n")

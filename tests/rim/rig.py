@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -9,6 +10,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from netstack.core.ports import Handler, Link
+from netstack.core.runs import Run
 from netstack.host.poller import HostPoller
 from netstack.vde.datagram import DatagramLink
 from netstack.vde.link import BaseLink
@@ -32,6 +34,7 @@ class Factory:
         self.mtu = mtu
         self.links: list[BaseLink] = []
         self.frames: list[tuple[str, bytes]] = []
+        self.in_runs = 0  # frames that were told to be alike
         self.told: list[str] = []
         self.closed: list[tuple[str, str]] = []
         self.fails: list[OSError] = []
@@ -54,7 +57,15 @@ class Factory:
         self.links.append(link)
         link.on_closed = lambda why: self.closed.append((link.name, why))
 
-    def receive(self, link: Link, buffer: memoryview, spans: Sequence[int], now: float) -> None:
+    def receive(
+        self, link: Link, buffer: memoryview, spans: Sequence[int], now: float, runs: Sequence[Run] = ()
+    ) -> None:
+        for first, count, stride in runs:
+            self.in_runs += count
+            starts, ends = spans[2 * first : 2 * (first + count) : 2], spans[2 * first + 1 : 2 * (first + count) : 2]
+            assert len(starts) == count
+            assert {end - start for start, end in zip(starts, ends, strict=True)} == {ends[0] - starts[0]}
+            assert {later - start for start, later in itertools.pairwise(starts)} == {stride}
         for start, end in zip(spans[::2], spans[1::2], strict=True):
             self.frames.append((link.name, bytes(buffer[start:end])))
 

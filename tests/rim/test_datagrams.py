@@ -383,3 +383,92 @@ def test_a_host_without_an_ipv6_route() -> None:
         guest.send(54_000, packed(FAR6), 7, b"x")
         [error] = guest.stack.taken_errors()
         assert tuple(error.problem[2:]) == (1, 0)
+
+
+@VERSIONS
+def test_many_datagrams_in_one_call(open_inside: Opener, world: World, version: int) -> None:
+    """Runs of one peer and one size; the empty, the largest and another peer's among them."""
+    receiver, other = open_inside(version, 40300), open_inside(version, 40301)
+    sender = open_inside(version, 40302)
+    loopback = packed(LOOPBACK[version])
+    receiver.expect_bursts()
+    assert receiver.batches
+    sent: list[tuple[bytes, int]] = [(bytes((number,)) * 1000, 40302) for number in range(20)]
+    sent += [(b"", 40302), (b"", 40302), (b"z" * 65000, 40302), (b"other", 40301), (b"again", 40302)]
+    for payload, port in sent:
+        (sender if port == 40302 else other).send_to(payload, loopback, 40300, 64, False)
+    received: list[tuple[bytes, int]] = []
+    runs = 0
+    buffer = memoryview(bytearray(65536))
+
+    def take(length: int, size: int, address: bytes, port: int) -> None:
+        nonlocal runs
+        runs += 1
+        assert address == loopback
+        whole = bytes(buffer[:length])
+        received.extend((whole[at : at + size], port) for at in range(0, max(length, 1), max(size, 1)))
+
+    count = 0
+    while len(received) < len(sent):
+        wait_readable(receiver)
+        count += receiver.receive_batch(buffer, take)
+    assert received == sent
+    assert count == len(sent)
+    assert runs <= 12
+    assert receiver.receive_batch(buffer, take) == 0
+
+
+@VERSIONS
+def test_a_batch_tells_merged_datagrams_apart(open_inside: Opener, world: World, version: int) -> None:
+    receiver, sender = open_inside(version, 40320), open_inside(version)
+    loopback = packed(LOOPBACK[version])
+    receiver.expect_bursts()
+    payloads = [bytes((number,)) * 1000 for number in range(20)] + [b"end"]
+    sender.send_to(b"before", loopback, 40320, 64, True)
+    sender.send_segments(payloads, 1000, loopback, 40320, 64, True)
+    sender.send_to(b"behind", loopback, 40320, 64, True)
+    buffer = memoryview(bytearray(65536))
+    received: list[bytes] = []
+    runs: list[tuple[int, int]] = []
+
+    def take(length: int, size: int, address: bytes, port: int) -> None:
+        runs.append((length, size))
+        received.extend(bytes(buffer[at : min(at + size, length)]) for at in range(0, length, size))
+
+    while len(received) < 2 + len(payloads):
+        wait_readable(receiver)
+        receiver.receive_batch(buffer, take)
+    assert received == [b"before", *payloads, b"behind"]
+    assert (20_003, 1000) in runs
+    assert receiver._limit < 64  # what is merged is much at once
+
+
+@VERSIONS
+def test_batches_end_when_datagrams_come_one_by_one(open_inside: Opener, world: World, version: int) -> None:
+    receiver, sender = open_inside(version, 40310), open_inside(version)
+    receiver.expect_bursts()
+    buffer = memoryview(bytearray(65536))
+    got: list[int] = []
+    for _ in range(300):
+        if not receiver.batches:
+            break
+        sender.send_to(b"one", packed(LOOPBACK[version]), 40310, 64, False)
+        wait_readable(receiver)
+        receiver.receive_batch(buffer, lambda length, size, address, port: got.append(length))
+    assert not receiver.batches
+    assert got == [3] * 256
+    receiver.expect_bursts()
+    assert receiver.batches
+
+
+@VERSIONS
+def test_an_error_in_a_batch_is_told_as_such(open_inside: Opener, world: World, version: int) -> None:
+    """The echo of an ICMP error: its substance is in the error queue."""
+    sock = open_inside(version)
+    sock.expect_bursts()
+    sock.send_to(b"nobody there", packed(LOOPBACK[version]), 9, 64, True)
+    assert wait_error(sock).errno == errno.ECONNREFUSED
+    sock.send_to(b"nobody there", packed(LOOPBACK[version]), 9, 64, True)
+    buffer = memoryview(bytearray(65536))
+    with pytest.raises(ConnectionRefusedError):
+        sock.receive_batch(buffer, lambda length, size, address, port: None)

@@ -264,6 +264,41 @@ def test_a_tcp_link_does_not_delay_small_frames() -> None:
     poller.close()
 
 
+@pytest.mark.parametrize("size", (60, 74, 1000), ids=("little", "less little", "large"))
+@pytest.mark.parametrize("before", (0, 3), ids=("first", "behind others"))
+async def test_frames_of_one_size_are_told_as_runs(bench: Bench, size: int, before: int) -> None:
+    """And others before, behind and between them come in their places."""
+    frames = [bytes([i]) * 100 for i in range(before)]
+    frames += [bytes([i]) * size for i in range(50)]
+    frames.append(b"alone" * 20)
+    frames += [bytes([i]) * size for i in range(50, 150)]
+    frames.append(b"last" * 20)
+    wire = framed(*frames)
+    bench.guest.sendall(wire)  # less than a socket's buffer holds, so that one read finds all of it
+    async with running(bench.poller, bench.factory.flush):
+        await wait_for(lambda: len(bench.frames) == len(frames))
+    assert bench.frames == frames
+    assert bench.factory.in_runs >= 140
+
+
+async def test_frames_of_one_size_in_any_pieces(bench: Bench) -> None:
+    """A run may end in the middle of a frame, and of a length."""
+    chance = random.Random(7)
+    frames: list[bytes] = []
+    for i in range(100):
+        frames += [bytes([i]) * chance.choice((60, 1000, 1000))] * chance.randrange(1, 60)
+    wire = framed(*frames)
+    guest = trio.socket.from_stdlib_socket(bench.guest)
+    async with running(bench.poller, bench.factory.flush):
+        at = 0
+        while at < len(wire):
+            at += await guest.send(wire[at : at + chance.randrange(1, 60_000)])
+            await trio.lowlevel.checkpoint()
+        await wait_for(lambda: len(bench.frames) == len(frames))
+    assert bench.frames == frames
+    assert bench.factory.in_runs
+
+
 # ---- datagrams
 
 
