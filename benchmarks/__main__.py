@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks import load
 from benchmarks.lab import Lab, LabError
-from benchmarks.peers import Peer, Surroundings, all_peers
+from benchmarks.peers import Peer, Surroundings
 from benchmarks.relay import build_relay
 from benchmarks.report import (
     HERE,
@@ -25,13 +25,14 @@ from benchmarks.report import (
     write_readme,
     write_results,
 )
-from benchmarks.suite import ALL, QUICK, Plan, Suite
+from benchmarks.suite import ALL, QUICK, Plan, Suite, all_peers
 
 EXAMPLES = """examples:
-  python -m benchmarks                                 everything, some 12 minutes
+  python -m benchmarks                                 everything, some 22 minutes
   python -m benchmarks --quick                         one short round of everything
   python -m benchmarks --only tcp,latency --peers netstack,passt
   python -m benchmarks profile --mtu 1500 --load down  where netstack spends its time
+  python -m benchmarks compare --other HEAD --load up  this checkout beside another, or beside a revision
 """
 
 
@@ -45,7 +46,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--peers", metavar="NAMES", help=f"only these, separated by commas: {names}")
     parser.add_argument("--only", metavar="SECTIONS", help=f"only these, separated by commas: {', '.join(ALL)}")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds whose median counts (3)")
-    parser.add_argument("--idle", metavar="COUNTS", help="numbers of idle connections, separated by commas (1000)")
+    parser.add_argument(
+        "--idle", metavar="COUNTS", help="numbers of idle connections, separated by commas (1000,10000)"
+    )
     parser.add_argument("--python-relay", action="store_true", help="the relay in Python, as where no C compiler is")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where latest.json and latest.png go (benchmarks/results)"
@@ -95,6 +98,10 @@ def main(arguments: list[str]) -> int:
         from benchmarks.profile import main as profile
 
         return profile(arguments[1:])
+    if arguments[:1] == ["compare"]:
+        from benchmarks.compare import main as compare
+
+        return compare(arguments[1:])
     options = parse_arguments(arguments)
     plan = make_plan(options)
     if os.geteuid() != 0:
@@ -121,6 +128,7 @@ def main(arguments: list[str]) -> int:
             lambda text: print(f"[{time.monotonic() - clock:5.0f} s] {text}", file=sys.stderr, flush=True),
         )
         figures = suite.run()
+        notes += suite.notes
     if "micro" in plan.sections:
         from benchmarks.micro import measure_micro
 

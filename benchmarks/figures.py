@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-Section = Literal["tcp", "latency", "connections", "udp", "cpu", "memory", "idle", "start", "relay", "micro"]
+Section = Literal[
+    "tcp", "vm", "latency", "connections", "udp", "pace", "idle", "cpu", "memory", "start", "relay", "micro"
+]
 
 SECTIONS: dict[Section, str] = {
     "tcp": "TCP throughput",
+    "vm": "In a virtual machine (QEMU, TCG where there is no KVM)",
     "latency": "Round trips",
     "connections": "Connections: connect, 1 byte there and back, close",
     "udp": "UDP, datagrams of 1,400 bytes",
+    "pace": "Connections at a steady rate",
+    "idle": "Idle connections",
     "cpu": "CPU of the network process, TCP with 1 stream",
     "memory": "Memory of the network process",
-    "idle": "Idle connections",
     "start": "Start",
     "relay": "What the guest's relay costs by itself",
     "micro": "The parsing path, without sockets",
@@ -30,7 +34,7 @@ SECTIONS: dict[Section, str] = {
 ARROW = {"up": "guest → host", "down": "host → guest"}
 
 
-COLUMNS = ("netstack", "passt", "slirp4netns", "pasta", "qemu-user")
+COLUMNS = ("netstack", "netstack-tap", "netstack-vhost", "passt", "slirp4netns", "pasta", "qemu-user")
 
 
 def order_peers(names: Iterable[str]) -> list[str]:
@@ -79,13 +83,15 @@ class Figures:
         samples = self.samples.get(key, {}).get(peer)
         return statistics.median(samples) if samples else None
 
-    def ratio(self, key: str, peer: str, other: str) -> float | None:
+    def ratio(self, key: str, peer: str, other: str, base: str = "") -> float | None:
         """How many times `other`'s figure `peer`'s is: the median of the ratios round by round.
+
+        `base`: the key of `other`'s figure, where it is not the same.
 
         A shared machine is fast for a while and slow for a while (a round trip of the same program took 66 us and then
         136 us). Both peers of one round saw the same moment, so their ratio is steadier than that of two medians.
         """
-        ours, theirs = self.samples.get(key, {}).get(peer), self.samples.get(key, {}).get(other)
+        ours, theirs = self.samples.get(key, {}).get(peer), self.samples.get(base or key, {}).get(other)
         if not ours or not theirs or not statistics.median(theirs):
             return None
         if len(ours) == len(theirs) and all(theirs):
@@ -133,6 +139,36 @@ def udp_metric(direction: str, gbits: float, which: str) -> Metric:
     return Metric(f"udp.{direction}.{gbits:g}.loss", "udp", f"{offered}, lost", "%")
 
 
+def udp_most_metric(direction: str) -> Metric:
+    """The most that arrived at any of the offered rates."""
+    title = f"{ARROW[direction]}, the most that was delivered"
+    return Metric(f"udp.{direction}.most", "udp", title, "Gbit/s", more_is_better=True)
+
+
+def vm_tcp_metric(direction: str, mtu: int) -> Metric:
+    title = f"{ARROW[direction]}, MTU {mtu}, 1 stream"
+    return Metric(f"vm.tcp.{direction}.{mtu}", "vm", title, "Gbit/s", more_is_better=True)
+
+
+VM_ROUND_TRIP = Metric("vm.rr.tcp.1.p50", "vm", "round trip, TCP, 1 byte, p50", "µs")
+
+
+def pace_metric(which: str, rate: int) -> Metric:
+    title, unit = {
+        "rate": (f"{rate:,} a second asked for, done", "1/s"),
+        "failed": ("of these failed", ""),
+        "p50.start": ("connect to close, p50, at the start", "µs"),
+        "p50.end": ("connect to close, p50, at the end", "µs"),
+        "p99.end": ("connect to close, p99, at the end", "µs"),
+        "slowing": ("p50 at the end over that at the start", "×"),
+        "rss.start": ("resident at the start", "MiB"),
+        "rss.end": ("resident at the end", "MiB"),
+        "growth": ("resident at the end over that at the start", "×"),
+        "cpu": ("CPU for each connection", "µs"),
+    }[which]
+    return Metric(f"pace.{rate}.{which}", "pace", title, unit, more_is_better=which == "rate")
+
+
 def memory_metric(which: str, mtu: int) -> Metric:
     title = {
         "start": "resident when started",
@@ -147,9 +183,11 @@ def idle_metric(which: str, count: int) -> Metric:
         "bytes": (f"memory of one of {count:,} idle connections", "KiB"),
         "ratio": (f"round trip p50 with {count:,} idle connections over that without", "×"),
         "p50": (f"round trip p50 with {count:,} idle connections", "µs"),
+        "cpu": (f"CPU in 10 s with {count:,} idle connections, less that without", "ms"),
     }[which]
     return Metric(f"idle.{count}.{which}", "idle", title, unit)
 
 
-START = Metric("start.ready", "start", "from exec to ready", "s")
-START_CPU = Metric("start.cpu", "start", "CPU time until then", "s")
+def start_metric(which: str) -> Metric:
+    title = {"ready": "from exec to ready", "cpu": "CPU time until then"}
+    return Metric(f"start.{which}", "start", title[which], "s")

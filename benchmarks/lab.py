@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -92,6 +93,16 @@ def is_listening(pid: int, port: int) -> bool:
             if fields[3] == "0A" and fields[1].endswith(wanted):
                 return True
     return False
+
+
+def allow_files(count: int) -> bool:
+    """Whether the processes started from here may open so many files each; raises the limit where that is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < count:
+        with contextlib.suppress(ValueError, OSError):  # not root, or a root without CAP_SYS_RESOURCE
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, count))
+            return True
+    return hard >= count
 
 
 def read_cpu_seconds(pid: int) -> float:

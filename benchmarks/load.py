@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from benchmarks.lab import LabError, Namespace, is_listening, read_cpu_seconds, read_memory, stop, wait_until
+from benchmarks.lab import LabError, Namespace, is_listening, read_cpu_seconds, stop, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 ENDPOINTS = [sys.executable, "-I", str(Path(__file__).with_name("endpoints.py"))]
 ECHO_PORT = 7000
 DATAGRAM_SIZE = 1400
+DATAGRAM_QUEUE = 1 << 20
+RMEM_MAX = Path("/proc/sys/net/core/rmem_max")
 GIGABYTE = 1e9
 
 Direction = Literal["up", "down"]  # up: guest to host
@@ -61,9 +62,10 @@ class Servers:
 
 
 def run_iperf3(guest: Namespace, address: str, port: int, seconds: float, *options: str) -> dict[str, Any]:
-    """One iperf3 client in the guest; its JSON."""
+    """One iperf3 client in the guest, for whole seconds, as it knows no others (0 is for ever); its JSON."""
+    seconds = max(1, round(seconds))
     argv = [
-        "iperf3", "--client", address, "--port", str(port), "--time", f"{seconds:g}", "--json",
+        "iperf3", "--client", address, "--port", str(port), "--time", str(seconds), "--json",
         "--connect-timeout", "5000", *options,
     ]  # fmt: skip
     try:
@@ -116,8 +118,9 @@ class UdpRun:
 
 
 def measure_udp(servers: Servers, attachment: Attachment, direction: Direction, gbits: float, seconds: float) -> UdpRun:
-    """Datagrams of 1,400 bytes at a given rate."""
+    """Datagrams of 1,400 bytes at a given rate, iperf3's own queue large enough not to be what loses them."""
     options = ["--udp", "--length", str(DATAGRAM_SIZE), "--bitrate", f"{gbits * 1000:g}M"]
+    options += ["--window", str(min(DATAGRAM_QUEUE, int(RMEM_MAX.read_text())))]
     options += ["--reverse"] if direction == "down" else []
     with servers.iperf3() as port:
         report = run_iperf3(attachment.guest, attachment.host_address, port, seconds, *options)
@@ -132,72 +135,32 @@ def measure_udp(servers: Servers, attachment: Attachment, direction: Direction, 
 
 @dataclass(frozen=True)
 class RoundTrips:
-    """Microseconds."""
+    """Microseconds, and how many there were."""
 
     p50: float
     p99: float
+    count: int = 0
 
 
-def _endpoint(guest: Namespace, *arguments: str, seconds: float) -> dict[str, float]:
+def run_endpoint(guest: Namespace, *arguments: str, seconds: float) -> dict[str, float]:
     report: dict[str, float] = json.loads(guest.run([*ENDPOINTS, *arguments], seconds=seconds + 15))
     return report
 
 
 def measure_round_trips(attachment: Attachment, protocol: Protocol, size: int, seconds: float) -> RoundTrips:
-    report = _endpoint(
+    report = run_endpoint(
         attachment.guest, "rr", protocol, attachment.host_address, str(ECHO_PORT), str(size), f"{seconds:g}",
         seconds=seconds,
     )  # fmt: skip
-    return RoundTrips(p50=report["p50"], p99=report["p99"])
+    return RoundTrips(p50=report["p50"], p99=report["p99"], count=int(report["count"]))
 
 
 def measure_connections(attachment: Attachment, concurrency: int, seconds: float) -> float:
     """Connections a second; raises LabError when more than one in a hundred failed."""
-    report = _endpoint(
+    report = run_endpoint(
         attachment.guest, "crr", attachment.host_address, str(ECHO_PORT + 1), str(concurrency), f"{seconds:g}",
         seconds=seconds,
     )  # fmt: skip
     if report["failed"] > report["per_second"] * seconds / 100:
         raise LabError(f"{report['failed']:.0f} connections failed, {report['per_second']:.0f} a second did not")
     return report["per_second"]
-
-
-@dataclass(frozen=True)
-class Idle:
-    """What idle connections cost: resident bytes for each, and the p50 round trip with them over that without."""
-
-    bytes_each: float
-    round_trip_ratio: float
-    round_trip: float
-
-
-def measure_idle(lab: Lab, attachment: Attachment, count: int, seconds: float) -> Idle:
-    """Round trips without, then with `count` connections that were used once and are held open, then without again.
-
-    The ratio is against the mean of before and after, so that a slow drift of the machine cancels.
-    """
-    before = _typical_round_trip(attachment, seconds)
-    memory = read_memory(attachment.process.pid)
-    arguments = ["hold", attachment.host_address, str(ECHO_PORT), str(count)]
-    holder = lab.spawn(
-        attachment.guest, [*ENDPOINTS, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None
-    )
-    try:
-        assert holder.stdout is not None
-        if holder.stdout.readline() != b"ready\n":
-            raise LabError(f"{count} connections could not be opened")
-        grown = read_memory(attachment.process.pid).rss - memory.rss
-        during = _typical_round_trip(attachment, seconds)
-    finally:
-        stop(holder)
-    after = _typical_round_trip(attachment, seconds)
-    return Idle(
-        bytes_each=grown * 1024 / count,
-        round_trip_ratio=2 * during / (before + after),
-        round_trip=during,
-    )
-
-
-def _typical_round_trip(attachment: Attachment, seconds: float) -> float:
-    """The median p50 of three runs."""
-    return statistics.median(measure_round_trips(attachment, "tcp", 1, seconds).p50 for _ in range(3))

@@ -100,6 +100,9 @@ class NullSocket:
         self.ready -= n
         return n
 
+    def recvmsg_into(self, buffers: Sequence[Any], /) -> tuple[int, Any, int, Any]:
+        return self.recv_into(None, sum(map(len, buffers))), [], 0, None
+
 
 class NullHost:
     """Every connect() succeeds."""

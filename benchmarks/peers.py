@@ -6,9 +6,9 @@ serves it, and tells at which address the guest reaches the host's loopback. Two
 - over the QEMU stream protocol: the program listens on a unix socket and the relay carries the guest's tap to it. passt
   and netstack are measured on exactly the same work, and so is QEMU's `-netdev user`, which a QEMU without a machine
   joins to a stream by a hub: libslirp as QEMU runs it, without the cost of emulating a computer.
-- on a tap of its own inside the guest's namespace: slirp4netns and pasta.
+- on a tap of its own inside the guest's namespace (tap_peers.py).
 
-A new kind of link is a new subclass here and a line in `all_peers`.
+A third way, a real virtual machine, is in vm.py. A new kind of link is a new subclass and a line in suite.py.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ PREFIX_LENGTH = 24
 GUEST_MAC = "52:54:00:12:34:56"
 TAP = "tap0"
 SMALL, LARGE = 1500, 65520
+NETSTACK, TAP_LINK, VHOST_LINK = "netstack", "netstack-tap", "netstack-vhost"
+
+# The measurements that a peer takes part in; `tcp.8` is TCP with 8 streams.
+SHORT_CASES = ("start", "tcp", "latency", "connections")
+ALL_CASES = (*SHORT_CASES, "tcp.8", "udp", "idle")
 
 
 @dataclass
@@ -71,7 +76,7 @@ class Peer(ABC):
     name: str
     program: str
     mtus: tuple[int, ...] = (LARGE, SMALL)
-    thorough: bool = True  # False: a relative of another peer, measured where that is quickly done
+    cases: tuple[str, ...] = ALL_CASES
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -88,7 +93,7 @@ class Peer(ABC):
     def attach(self, around: Surroundings, mtu: int) -> Attachment: ...
 
 
-def _first_line(argv: Sequence[str]) -> str:
+def first_line(argv: Sequence[str]) -> str:
     try:
         return run(argv, seconds=10).splitlines()[0].strip()
     except (LabError, IndexError):
@@ -111,7 +116,10 @@ class StreamPeer(Peer):
         return {}
 
     def start(self, around: Surroundings, mtu: int, guest: Namespace) -> subprocess.Popen[bytes]:
-        directory = around.lab.directory / guest.name
+        return self.listen(around, mtu, around.lab.directory / guest.name)
+
+    def listen(self, around: Surroundings, mtu: int, directory: Path) -> subprocess.Popen[bytes]:
+        """Start the process, its socket at `directory`/guest.sock, and return when it is ready."""
         directory.mkdir(exist_ok=True)
         socket_path = directory / "guest.sock"
         socket_path.unlink(missing_ok=True)
@@ -120,7 +128,7 @@ class StreamPeer(Peer):
         with (directory / f"{self.name}.log").open("wb") as log:
             process = around.lab.spawn(
                 around.host,
-                [*self.command(socket_path, mtu, send), *(around.extra if self.name == "netstack" else ())],
+                [*self.command(socket_path, mtu, send), *(around.extra if isinstance(self, Netstack) else ())],
                 stdout=log,
                 stderr=log,
                 pass_fds=[send],
@@ -168,11 +176,25 @@ def configure_tap(guest: Namespace, mtu: int, address: str, gateway: str | None,
 
 
 class Netstack(StreamPeer):
-    """`netstack run --link unix://...`, with no state of the user's."""
+    """`netstack run --link unix://...`, with no state of the user's: the installed one, or that of a checkout."""
 
-    name, program = "netstack", "netstack"
+    program = "netstack"
+    scheme = "unix"
+
+    def __init__(self, name: str = NETSTACK, checkout: Path | None = None, python: str = sys.executable) -> None:
+        self.name = name
+        self.subnet = "192.168.5.0/24"
+        self.counts: Path | None = None  # where cProfile is to leave what it counted
+        self._checkout = checkout
+        self._python = python
 
     def _command(self) -> list[str]:
+        if self.counts is not None:
+            return [self._python, "-m", "cProfile", "-o", str(self.counts), "-m", "netstack"]
+        if self._checkout is not None:
+            # -P keeps the working directory, which may be another checkout, out of the path; PYTHONPATH comes before
+            # what is installed.
+            return [self._python, "-P", "-m", "netstack"]
         script = Path(sys.executable).with_name("netstack")
         return [str(script)] if script.exists() else [sys.executable, "-m", "netstack"]
 
@@ -184,12 +206,15 @@ class Netstack(StreamPeer):
         return None
 
     def version(self) -> str:
-        return f"{_first_line([*self._command(), '--version'])}, Python {sys.version.split()[0]}"
+        return f"{first_line([*self._command(), '--version'])}, Python {sys.version.split()[0]}"
 
     def command(self, socket_path: Path, mtu: int, ready_fd: int) -> list[str]:
+        return self._run(f"{self.scheme}://{socket_path}", mtu, ready_fd)
+
+    def _run(self, link: str, mtu: int, ready_fd: int) -> list[str]:
         return [
-            *self._command(), "run", "--link", f"unix://{socket_path}", "--subnet", "192.168.5.0/24",
-            "--mtu", str(mtu), "--ready-fd", str(ready_fd),
+            *self._command(), "run", "--link", link, "--subnet", self.subnet, "--mtu", str(mtu),
+            "--ready-fd", str(ready_fd),
         ]  # fmt: skip
 
     def is_ready(self, socket_path: Path, ready: int) -> bool:
@@ -199,7 +224,8 @@ class Netstack(StreamPeer):
 
     def environment(self, directory: Path) -> dict[str, str]:
         names = ("XDG_RUNTIME_DIR", "XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "HOME")
-        return {name: str(directory) for name in names}
+        checkout = {"PYTHONPATH": str(self._checkout)} if self._checkout is not None else {}
+        return {name: str(directory) for name in names} | checkout
 
 
 class Passt(StreamPeer):
@@ -208,7 +234,7 @@ class Passt(StreamPeer):
     name, program = "passt", "passt"
 
     def version(self) -> str:
-        return _debian_version("passt") or _first_line(["passt", "--version"])
+        return debian_version("passt") or first_line(["passt", "--version"])
 
     def command(self, socket_path: Path, mtu: int, ready_fd: int) -> list[str]:
         return ["passt", "--foreground", "--quiet", "--ipv4-only", "--socket", str(socket_path), *passt_options(mtu)]
@@ -224,10 +250,10 @@ class QemuUser(StreamPeer):
     """QEMU's `-netdev user` without a computer: a hub joins it to a stream netdev. QEMU leaves libslirp at MTU 1500."""
 
     name, program = "qemu-user", "qemu-system-x86_64"
-    mtus, thorough = (SMALL,), False  # the same libslirp as slirp4netns
+    mtus, cases = (SMALL,), SHORT_CASES  # the same libslirp as slirp4netns
 
     def version(self) -> str:
-        return _debian_version("qemu-system-x86") or _first_line([self.program, "--version"])
+        return debian_version("qemu-system-x86") or first_line([self.program, "--version"])
 
     def command(self, socket_path: Path, mtu: int, ready_fd: int) -> list[str]:
         return [
@@ -238,76 +264,11 @@ class QemuUser(StreamPeer):
         ]  # fmt: skip
 
 
-class TapPeer(Peer):
-    """Makes its own tap inside the guest's namespace."""
-
-    host_address = GATEWAY
-
-    def attach(self, around: Surroundings, mtu: int) -> Attachment:
-        guest = around.lab.guest(self.name)
-        process = self.start(around, mtu, guest)
-        return Attachment(self.name, mtu, guest, self.host_address, process)
-
-
-class Slirp4netns(TapPeer):
-    """slirp4netns with the options that its callers give for speed: none but the MTU."""
-
-    name, program = "slirp4netns", "slirp4netns"
-    host_address = "10.0.2.2"
-
-    def version(self) -> str:
-        return _debian_version("slirp4netns") or _first_line(["slirp4netns", "--version"])
-
-    def start(self, around: Surroundings, mtu: int, guest: Namespace) -> subprocess.Popen[bytes]:
-        receive, send = os.pipe()
-        os.set_inheritable(send, True)
-        argv = [
-            "slirp4netns", "--configure", f"--mtu={mtu}", f"--ready-fd={send}", "--netns-type=path", guest.path, TAP,
-        ]  # fmt: skip
-        process = around.lab.spawn(around.host, argv, pass_fds=[send])
-        os.close(send)
-        with os.fdopen(receive, "rb") as ready:
-            if ready.read(1) != b"1":
-                raise LabError("slirp4netns did not start")
-        return process
-
-
-class Pasta(TapPeer):
-    """passt's other mode, a tap in a namespace; ready when the interface has its address."""
-
-    name, program = "pasta", "pasta"
-    thorough = False
-
-    def version(self) -> str:
-        return _debian_version("passt") or _first_line(["pasta", "--version"])
-
-    def start(self, around: Surroundings, mtu: int, guest: Namespace) -> subprocess.Popen[bytes]:
-        argv = [
-            "pasta", "--foreground", "--quiet", "--ipv4-only", "--config-net", "--ns-ifname", TAP, *passt_options(mtu),
-            *("--tcp-ports", "none", "--udp-ports", "none", "--tcp-ns", "none", "--udp-ns", "none"),
-            "--netns", guest.path,
-        ]  # fmt: skip
-        process = around.lab.spawn(around.host, argv)
-
-        def has_route() -> bool:
-            return f"default via {GATEWAY}" in run(["ip", "-n", guest.name, "route"]) or process.poll() is not None
-
-        wait_until(has_route, "pasta being ready")
-        if process.poll() is not None:
-            raise LabError(f"pasta ended with status {process.returncode}")
-        return process
-
-
-def _debian_version(package: str) -> str | None:
+def debian_version(package: str) -> str | None:
     try:
         return f"{package} {run(['dpkg-query', '--show', '--showformat=${Version}', package])}"
     except LabError:
         return None
-
-
-def all_peers() -> list[Peer]:
-    """netstack first; the order is that of the columns."""
-    return [Netstack(), Passt(), Slirp4netns(), Pasta(), QemuUser()]
 
 
 def measure_start(peer: Peer, around: Surroundings) -> tuple[float, float]:

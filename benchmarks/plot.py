@@ -13,6 +13,7 @@ from benchmarks.figures import (
     round_trip_metric,
     tcp_metric,
     udp_metric,
+    vm_tcp_metric,
 )
 from benchmarks.peers import LARGE, SMALL
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 DIRECTIONS = ("up", "down")
 COLOURS = {
     "netstack": "#1b6ac9",
+    "netstack-tap": "#0b3c75",
+    "netstack-vhost": "#5aa9f0",
     "passt": "#e08214",
     "slirp4netns": "#7f7f7f",
     "pasta": "#f4b26b",
@@ -58,6 +61,17 @@ def make_panels(figures: Figures) -> list[Panel]:
         )
         for mtu in (LARGE, SMALL)
     ]
+    panels.append(
+        Panel(
+            "TCP in a virtual machine (higher is better)",
+            "Gbit/s",
+            [
+                (f"{ARROW[direction]}\nMTU {mtu}", vm_tcp_metric(direction, mtu).key)
+                for mtu in (SMALL, LARGE)
+                for direction in DIRECTIONS
+            ],
+        )
+    )
     panels.append(
         Panel(
             "Round trip (lower is better)",

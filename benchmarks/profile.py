@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING
 
 from benchmarks import load
 from benchmarks.lab import Lab, LabError, read_cpu_seconds, read_memory, stop
-from benchmarks.peers import LARGE, Netstack, Surroundings
+from benchmarks.peers import LARGE, Surroundings
 from benchmarks.relay import build_relay
+from benchmarks.tap_peers import NETSTACK_LINKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from benchmarks.peers import Attachment
+    from benchmarks.vm import Machine, Wire
 
 # Where the process waits for something to do: no work, and not counted.
 WAITING = ("EpollIOManager.get_events", "KqueueIOManager.get_events")
@@ -34,18 +36,9 @@ WAITING = ("EpollIOManager.get_events", "KqueueIOManager.get_events")
 LOADS = ("up", "down", "rr", "crr", "udp-up", "udp-down")
 
 
-class CountedNetstack(Netstack):
-    """netstack under cProfile, which writes its file when netstack ends by SIGTERM."""
-
-    def __init__(self, output: Path) -> None:
-        self._output = output
-
-    def _command(self) -> list[str]:
-        return [sys.executable, "-m", "cProfile", "-o", str(self._output), "-m", "netstack"]
-
-
-def make_load(kind: str, servers: load.Servers, attachment: Attachment, streams: int, seconds: float) -> str:
+def make_load(kind: str, servers: load.Servers, attachment: Attachment, options: argparse.Namespace) -> str:
     """Run one load to its end; what came of it, in words."""
+    streams, seconds = options.streams, options.seconds
     if kind in ("up", "down"):
         run = load.measure_tcp(servers, attachment, "up" if kind == "up" else "down", streams, seconds, warm_up=0)
         return f"{run.gbits:.2f} Gbit/s, {run.cpu:.2f} CPU s/GB"
@@ -54,8 +47,15 @@ def make_load(kind: str, servers: load.Servers, attachment: Attachment, streams:
         return f"p50 {trips.p50:.1f} µs, p99 {trips.p99:.1f} µs"
     if kind == "crr":
         return f"{load.measure_connections(attachment, 16, seconds):.0f} connections a second"
-    datagrams = load.measure_udp(servers, attachment, "up" if kind == "udp-up" else "down", 1.0, seconds)
+    datagrams = load.measure_udp(servers, attachment, "up" if kind == "udp-up" else "down", options.gbits, seconds)
     return f"{datagrams.delivered:.0f} datagrams a second, {datagrams.loss:.1f} % lost"
+
+
+def make_vm_load(kind: str, servers: load.Servers, machine: Machine, wire: Wire, seconds: float) -> str:
+    """The same in a virtual machine, for those loads that are there."""
+    if kind == "rr":
+        return f"p50 {machine.measure_round_trip(wire, seconds):.1f} µs"
+    return f"{machine.measure_tcp(servers, wire, 'up' if kind == 'up' else 'down', seconds):.2f} Gbit/s"
 
 
 def print_shares(title: str, counts: collections.Counter[str], total: int, top: int) -> None:
@@ -119,9 +119,9 @@ def sample(pid: int, options: argparse.Namespace, output: Path) -> subprocess.Po
     return subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def run_sampled(attachment: Attachment, options: argparse.Namespace, work: Callable[[], str], directory: Path) -> None:
+def run_sampled(pid: int, options: argparse.Namespace, work: Callable[[], str], directory: Path) -> None:
     output = options.output or directory / "samples"
-    sampler = sample(attachment.process.pid, options, output)
+    sampler = sample(pid, options, output)
     try:
         print(work())
         _, said = sampler.communicate(timeout=options.seconds + 30)
@@ -132,9 +132,9 @@ def run_sampled(attachment: Attachment, options: argparse.Namespace, work: Calla
     print_samples(output, options.top)
 
 
-def run_traced(attachment: Attachment, options: argparse.Namespace, work: Callable[[], str], directory: Path) -> None:
+def run_traced(pid: int, work: Callable[[], str], directory: Path) -> None:
     output = directory / "calls"
-    argv = ["strace", "-c", "-f", "-q", "-o", str(output), "-p", str(attachment.process.pid)]
+    argv = ["strace", "-c", "-f", "-q", "-o", str(output), "-p", str(pid)]
     with contextlib.ExitStack() as ending:
         tracer = subprocess.Popen(argv)
         ending.callback(stop, tracer)
@@ -148,6 +148,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--load", choices=LOADS, default="up", help="what the guest does (up)")
     parser.add_argument("--mtu", type=int, default=LARGE, help=f"the guest's MTU ({LARGE})")
+    links = [*NETSTACK_LINKS, "vm-stream", "vm-vhost-user"]
+    parser.add_argument("--link", choices=links, default="stream", help="how the guest is attached (stream)")
+    parser.add_argument("--gbits", type=float, default=1.0, help="offered by udp-up and udp-down (1.0)")
     parser.add_argument("--streams", type=int, default=1, help="TCP streams of up and down (1)")
     parser.add_argument("--seconds", type=float, default=5, help="how long (5)")
     parser.add_argument("--tool", choices=("py-spy", "cprofile", "strace", "none"), default="py-spy")
@@ -157,29 +160,54 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, help="keep the samples (folded stacks) or the cProfile file there")
     parser.add_argument("more", nargs="*", help="after --: more options for netstack run")
     options = parser.parse_args(arguments)
-    with Lab() as lab:
+    if options.link.startswith("vm-") and options.load not in ("up", "down", "rr"):
+        parser.error("--link vm-...: the loads are up, down and rr")
+    with Lab() as lab, contextlib.ExitStack() as ending:
         relay, _ = build_relay(lab.directory)
         host = lab.host()
-        counted = options.output or lab.directory / "counts"
-        peer = CountedNetstack(counted) if options.tool == "cprofile" else Netstack()
-        attachment = peer.attach(Surroundings(lab, host, relay, options.more), options.mtu)
-        servers = load.Servers(lab, host)
-        load.measure_round_trips(attachment, "tcp", 1, 0.2)  # imports and ARP are no part of it
+        around, servers = Surroundings(lab, host, relay, options.more), load.Servers(lab, host)
+        counts = options.output or lab.directory / "counts"
+        if options.link in NETSTACK_LINKS:
+            peer = NETSTACK_LINKS[options.link]()
+            peer.counts = counts if options.tool == "cprofile" else None
+            attachment = peer.attach(around, options.mtu)
+            process = attachment.process
+            load.measure_round_trips(attachment, "tcp", 1, 0.2)  # imports and ARP are no part of it
+
+            def run_load() -> str:
+                return make_load(options.load, servers, attachment, options)
+
+        else:
+            from benchmarks.vm import VM_LINKS, Machine, make_netstack_wire
+
+            peer = VM_LINKS[options.link]()
+            peer.counts = counts if options.tool == "cprofile" else None
+            machine = Machine(around, {"vm": lambda around: make_netstack_wire(around, peer, "192.168.5")}, strict=True)
+            ending.callback(machine.end)
+            machine.boot()
+            (wire,) = machine.wires
+            assert wire.process is not None
+            process = wire.process
+            machine.set_mtu(wire, options.mtu)
+            machine.measure_round_trip(wire, 0.2)
+
+            def run_load() -> str:
+                return make_vm_load(options.load, servers, machine, wire, options.seconds)
 
         def work() -> str:
-            before, clock = read_cpu_seconds(attachment.process.pid), time.monotonic()
-            words = make_load(options.load, servers, attachment, options.streams, options.seconds)
-            share = (read_cpu_seconds(attachment.process.pid) - before) / (time.monotonic() - clock)
-            memory = read_memory(attachment.process.pid)
+            before, clock = read_cpu_seconds(process.pid), time.monotonic()
+            words = run_load()
+            share = (read_cpu_seconds(process.pid) - before) / (time.monotonic() - clock)
+            memory = read_memory(process.pid)
             return f"{options.load}, MTU {options.mtu}: {words}; {share:.0%} of a core; peak {memory.peak // 1024} MiB"
 
         if options.tool == "py-spy":
-            run_sampled(attachment, options, work, lab.directory)
+            run_sampled(process.pid, options, work, lab.directory)
         elif options.tool == "strace":
-            run_traced(attachment, options, work, lab.directory)
+            run_traced(process.pid, work, lab.directory)
         else:
             print(work())
-        attachment.end()
+        stop(process)
         if options.tool == "cprofile":
-            pstats.Stats(str(counted)).sort_stats("tottime").print_stats(options.top)
+            pstats.Stats(str(counts)).sort_stats("tottime").print_stats(options.top)
     return 0

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 RATIOS_AGAINST = ("passt", "slirp4netns")
 FIGURES_BEGIN, FIGURES_END = "<!-- figures: written by a whole run -->", "<!-- end of the figures -->"
-WIDTH = 168  # columns when the output is no terminal
+WIDTH = 190  # columns when the output is no terminal
 
 
 def describe_machine() -> dict[str, Any]:
@@ -66,9 +66,36 @@ def _ratio(figures: Figures, metric: Metric, subject: str, peer: str) -> str:
     return f"{ratio:.2f}" if ratio is not None else ""
 
 
-def _verdict(verdict: Verdict) -> str:
-    colour, word = ("green", "met") if verdict.met else ("red", "MISSED")
-    return f"[{colour}]{verdict.target.words()}: {verdict.value:.2f} {word}[/]"
+def _verdicts(verdicts: Sequence[Verdict]) -> str:
+    """Whether the targets of one line are met: one word each, the bounds are in the table of targets."""
+    return ", ".join("[green]met[/]" if verdict.met else "[red]MISSED[/]" for verdict in verdicts)
+
+
+def print_targets(figures: Figures, verdicts: Sequence[Verdict], console: Console) -> None:
+    """All targets in one place: the figure, what it is set against, the ratio, and whether it is met."""
+    table = Table(title="Targets", title_justify="left", title_style="bold", header_style="bold")
+    for name in ("set by", "", "link"):
+        table.add_column(name, no_wrap=True)
+    for name in ("figure", "against", "ratio"):
+        table.add_column(name, justify="right")
+    table.add_column("target")
+    table.add_column("")
+    for verdict in verdicts:
+        metric, other = figures.metrics[verdict.target.key], verdict.other
+        colour, word = ("green", "met") if verdict.met else ("red", "MISSED")
+        table.add_row(
+            verdict.target.source,
+            f"{SECTIONS[metric.section].split(':')[0].split(' (')[0]}: {metric.title}",
+            verdict.target.subject,
+            f"{format_figure(verdict.figure)} {metric.unit}",
+            "" if other is None else format_figure(other),
+            "" if other is None else f"{verdict.value:.2f}",
+            verdict.target.describe(),
+            f"[{colour}]{word}[/]",
+        )
+    console.print(table)
+    met = sum(verdict.met for verdict in verdicts)
+    console.print(f"[bold]Targets met: {met} of {len(verdicts)} judged; {len(TARGETS)} are set.[/]")
 
 
 def print_tables(figures: Figures, console: Console, subject: str = "netstack") -> None:
@@ -94,13 +121,12 @@ def print_tables(figures: Figures, console: Console, subject: str = "netstack") 
             table.add_column(f"÷ {peer}", justify="right", style="cyan")
         table.add_column("targets")
         for metric in metrics:
-            judged = [_verdict(verdict) for verdict in verdicts if verdict.target.key == metric.key]
             table.add_row(
                 metric.title,
                 metric.unit,
                 *(_cell(figures, metric, peer) for peer in peers),
                 *(_ratio(figures, metric, subject, peer) for peer in against),
-                "\n".join(judged),
+                _verdicts([verdict for verdict in verdicts if verdict.target.key == metric.key]),
             )
         console.print(table)
     for key, failed in figures.failures.items():
@@ -112,8 +138,7 @@ def print_tables(figures: Figures, console: Console, subject: str = "netstack") 
             f"One relay adds {cost:.0f} µs to a round trip: passt, qemu-user and netstack on a stream carry it."
         )
     if verdicts:
-        met = sum(verdict.met for verdict in verdicts)
-        console.print(f"[bold]Targets met: {met} of {len(verdicts)} judged; {len(TARGETS)} are set.[/]")
+        print_targets(figures, verdicts, console)
 
 
 def as_document(
@@ -163,8 +188,10 @@ def as_document(
             {
                 "key": verdict.target.key,
                 "subject": verdict.target.subject,
-                "target": verdict.target.words(),
+                "target": verdict.target.describe(),
                 "source": verdict.target.source,
+                "figure": verdict.figure,
+                "against": verdict.other,
                 "value": verdict.value,
                 "met": verdict.met,
             }
@@ -190,7 +217,9 @@ def as_markdown(document: dict[str, Any]) -> str:
     judged: dict[str, list[str]] = {}
     for target in document["targets"]:
         word = "met" if target["met"] else "**missed**"
-        judged.setdefault(target["key"], []).append(f"{target['target']}: {format_figure(target['value'])}, {word}")
+        whose = "" if target["subject"] == "netstack" else f"{target['subject']} "
+        words = f"{whose}{target['target']}: {format_figure(target['value'])}, {word}"
+        judged.setdefault(target["key"], []).append(words)
     for section in SECTIONS.values():
         figures = {key: figure for key, figure in document["figures"].items() if figure["section"] == section}
         peers = order_peers(peer for figure in figures.values() for peer in figure["peers"])
@@ -218,6 +247,10 @@ def write_results(document: dict[str, Any], path: Path, history: Path | None) ->
         line["medians"] = {
             key: {peer: samples["median"] for peer, samples in figure["peers"].items()}
             for key, figure in document["figures"].items()
+        }
+        line["targets"] = {
+            f"{target['key']} {target['subject']} {target['target']}": [target["value"], target["met"]]
+            for target in document["targets"]
         }
         with history.open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

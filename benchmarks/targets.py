@@ -1,7 +1,7 @@
 """The speed that netstack must reach, each with its source: issue 2 (the stream link), issue 3 (offload, many flows).
 
-A target is a bound on a figure: a factor of a peer's figure for the same thing in the same run, or a plain number. One
-whose figures were not measured in a run is not judged in it.
+A target is a bound on a figure: a factor of another figure of the same run (a peer's, or netstack's own for something
+else), or a plain number. One whose figures were not measured in a run is not judged in it.
 """
 
 from __future__ import annotations
@@ -9,76 +9,150 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks.peers import LARGE, SMALL
+from benchmarks.figures import connections_metric as crr
+from benchmarks.figures import (
+    idle_metric,
+    pace_metric,
+    round_trip_metric,
+    start_metric,
+    tcp_metric,
+    udp_metric,
+    udp_most_metric,
+    vm_tcp_metric,
+)
+from benchmarks.peers import LARGE, NETSTACK, SMALL, TAP_LINK, VHOST_LINK
 
 if TYPE_CHECKING:
-    from benchmarks.figures import Figures
+    from benchmarks.figures import Figures, Metric
 
 ISSUE_2, ISSUE_3 = "issue 2", "issue 3"
+PACE = 2000  # connections a second
+MANY = 10_000  # idle connections
 
 
 @dataclass(frozen=True)
 class Target:
-    """`subject`'s figure for `key` is at least (or at most) `bound` times the best of `against`, or `bound` itself."""
+    """`subject`'s figure for `key` is at least (or at most) `bound` times the best of `against`, or `bound` itself.
+
+    `base`: the key of the figure that it is set against, where that is another one; `words` says what that is.
+    """
 
     key: str
     at_least: bool
     bound: float
     against: tuple[str, ...]
     source: str
-    subject: str = "netstack"
+    subject: str = NETSTACK
+    base: str = ""
+    words: str = ""
 
-    def words(self) -> str:
-        best = " or ".join(self.against)
-        return f"{'≥' if self.at_least else '≤'} {self.bound:g}{' ' + best if best else ''}"
+    def describe(self) -> str:
+        sign = "≥" if self.at_least else "≤"
+        best = self.words or " or ".join(self.against)
+        return f"{sign} {self.bound:g}{' × ' + best if best else ''}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target that was judged: the value is the ratio, or the figure itself."""
+    """A target that was judged: the value is the ratio, or the figure itself; `other` what it was set against."""
 
     target: Target
     value: float
+    figure: float
+    other: float | None
 
     @property
     def met(self) -> bool:
         return self.value >= self.target.bound if self.target.at_least else self.value <= self.target.bound
 
 
-def _at_least(key: str, bound: float, *against: str, source: str, subject: str = "netstack") -> Target:
-    return Target(key, at_least=True, bound=bound, against=against, source=source, subject=subject)
+def _at_least(
+    metric: Metric, bound: float, *against: str, subject: str = NETSTACK, base: Metric | None = None, words: str = ""
+) -> Target:
+    return Target(metric.key, True, bound, against, ISSUE_3, subject, base.key if base else "", words)
 
 
-def _at_most(key: str, bound: float, *against: str, source: str, subject: str = "netstack") -> Target:
-    return Target(key, at_least=False, bound=bound, against=against, source=source, subject=subject)
+def _at_most(metric: Metric, bound: float, *against: str, subject: str = NETSTACK) -> Target:
+    return Target(metric.key, False, bound, against, ISSUE_3, subject)
 
+
+def _issue_2(metric: Metric, bound: float, *against: str, at_least: bool = True) -> Target:
+    return Target(metric.key, at_least, bound, against, ISSUE_2)
+
+
+_OWN_STREAM = "its stream link at MTU 65520"
 
 TARGETS: tuple[Target, ...] = (
-    _at_least(f"tcp.up.{LARGE}.1", 0.7, "passt", source=ISSUE_2),
-    _at_least(f"tcp.down.{LARGE}.1", 0.7, "passt", source=ISSUE_2),
-    _at_least(f"tcp.up.{LARGE}.1", 1.4, "slirp4netns", source=ISSUE_2),
-    _at_least(f"tcp.down.{LARGE}.1", 1.2, "slirp4netns", source=ISSUE_2),
-    _at_least(f"tcp.up.{SMALL}.1", 1.5, "slirp4netns", source=ISSUE_2),
-    _at_least(f"tcp.down.{SMALL}.1", 0.8, "slirp4netns", source=ISSUE_2),
-    _at_most("rr.tcp.1.p50", 1.5, "passt", source=ISSUE_2),
-    _at_most("idle.1000.ratio", 1.2, source=ISSUE_2),
-    _at_most("idle.1000.bytes", 6.0, source=ISSUE_2),
-    _at_most("start.ready", 0.5, source=ISSUE_2),
-)
+    _issue_2(tcp_metric("up", LARGE, 1), 0.7, "passt"),
+    _issue_2(tcp_metric("down", LARGE, 1), 0.7, "passt"),
+    _issue_2(tcp_metric("up", LARGE, 1), 1.4, "slirp4netns"),
+    _issue_2(tcp_metric("down", LARGE, 1), 1.2, "slirp4netns"),
+    _issue_2(tcp_metric("up", SMALL, 1), 1.5, "slirp4netns"),
+    _issue_2(tcp_metric("down", SMALL, 1), 0.8, "slirp4netns"),
+    _issue_2(round_trip_metric("tcp", 1, "p50"), 1.5, "passt", at_least=False),
+    _issue_2(idle_metric("ratio", 1000), 1.2, at_least=False),
+    _issue_2(idle_metric("bytes", 1000), 6.0, at_least=False),
+    _issue_2(start_metric("ready"), 0.5, at_least=False),
+    # A tap with offload, against the two whose guests are on a tap too.
+    _at_least(tcp_metric("up", SMALL, 1), 5.0, "slirp4netns", "pasta", subject=TAP_LINK),
+    _at_least(tcp_metric("down", SMALL, 1), 3.0, "slirp4netns", "pasta", subject=TAP_LINK),
+    _at_most(round_trip_metric("tcp", 1, "p50"), 1.3, "slirp4netns", subject=TAP_LINK),
+    # QEMU's stream link.
+    _at_least(tcp_metric("up", LARGE, 1), 1.0, "passt"),
+    _at_least(tcp_metric("down", LARGE, 1), 0.9, "passt"),
+    _at_least(tcp_metric("up", SMALL, 1), 2.5, "passt", "slirp4netns"),
+    _at_least(tcp_metric("down", SMALL, 1), 1.0, "passt", "slirp4netns"),
+    *(
+        _at_least(tcp_metric(way, mtu, 8), 0.8, NETSTACK, base=tcp_metric(way, mtu, 1), words="its own with 1 stream")
+        for mtu in (LARGE, SMALL)
+        for way in ("up", "down")
+    ),
+    # vhost-user in a real guest, at MTU 1500.
+    _at_least(vm_tcp_metric("up", SMALL), 2.5, "qemu-user", subject=VHOST_LINK),
+    _at_least(vm_tcp_metric("down", SMALL), 1.5, "qemu-user", subject=VHOST_LINK),
+    *(
+        _at_least(
+            vm_tcp_metric(way, SMALL), 1.0, NETSTACK, subject=VHOST_LINK, base=vm_tcp_metric(way, LARGE),
+            words=_OWN_STREAM,
+        )
+        for way in ("up", "down")
+    ),
+    # Connections and datagrams.
+    _at_least(crr(1), 0.7, "passt"),
+    _at_least(crr(16), 0.7, "passt"),
+    *(_at_least(udp_most_metric(way), 1.0, subject=TAP_LINK) for way in ("up", "down")),
+    *(_at_most(udp_metric(way, 0.5, "loss"), 0.1, subject=TAP_LINK) for way in ("up", "down")),
+    # Many flows. The bounds of "without growth" are ours: 5 % of memory, 20 % of latency, 1 % of the rate.
+    _at_least(pace_metric("rate", PACE), 0.99 * PACE),
+    _at_most(pace_metric("failed", PACE), 0),
+    _at_most(pace_metric("growth", PACE), 1.05),
+    _at_most(pace_metric("slowing", PACE), 1.2),
+    _at_most(idle_metric("ratio", MANY), 1.2),
+    _at_most(idle_metric("bytes", MANY), 4.0),
+    # 10 ms in 10 s would be 0.1 us a second for each of 10,000.
+    _at_most(idle_metric("cpu", MANY), 10),
+)  # fmt: skip
 
 
 def judge(figures: Figures) -> list[Verdict]:
     """Every target that this run has the figures for."""
     verdicts = []
     for target in TARGETS:
-        value: float | None
-        if target.against:
-            # Against the better of several peers: the ratio that is hardest to reach.
-            ratios = [figures.ratio(target.key, target.subject, peer) for peer in target.against]
-            present = [ratio for ratio in ratios if ratio is not None]
-            value = (min(present) if target.at_least else max(present)) if present else None
-        else:
-            value = figures.median(target.key, target.subject)
-        if value is not None:
-            verdicts.append(Verdict(target, value))
+        figure = figures.median(target.key, target.subject)
+        if figure is None:
+            continue
+        if not target.against:
+            verdicts.append(Verdict(target, figure, figure, None))
+            continue
+        # Against the better of several peers: the ratio that is hardest to reach.
+        ratios = {
+            peer: ratio
+            for peer in target.against
+            if (ratio := figures.ratio(target.key, target.subject, peer, target.base or target.key)) is not None
+        }
+        if ratios:
+            choose = min if target.at_least else max
+            hardest = choose(ratios, key=lambda peer: ratios[peer])
+            other = figures.median(target.base or target.key, hardest)
+            verdicts.append(Verdict(target, ratios[hardest], figure, other))
     return verdicts

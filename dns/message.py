@@ -12,13 +12,15 @@ types that they do not know, the OPT record, or the difference between "no such 
 
 from __future__ import annotations
 
-from struct import Struct
+from collections.abc import Sequence
+from struct import Struct, error
 from typing import NamedTuple
 
 _HEADER = Struct("!HHHHHH")
 _QUESTION_TAIL = Struct("!HH")
 # of a record, behind the name: type, class, TTL, length of the data
 _RECORD_TAIL = Struct("!HHIH")
+_OPTION = Struct("!HH")
 
 HEADER_LENGTH = 12
 
@@ -41,9 +43,15 @@ REFUSED = 5
 BADVERS = 16  # RFC 6891 9; the upper bits go into the OPT
 
 TYPE_A = 1
+TYPE_CNAME = 5
+TYPE_SOA = 6
 TYPE_PTR = 12
+TYPE_TXT = 16
+TYPE_SIG = 24  # as the last record: a signature of the message (RFC 2931)
 TYPE_AAAA = 28
 TYPE_OPT = 41
+TYPE_RRSIG = 46
+TYPE_TSIG = 250
 TYPE_IXFR = 251
 TYPE_AXFR = 252
 TYPE_ANY = 255
@@ -60,8 +68,25 @@ MIN_UDP = 512
 # stayed at an MTU of 1500.
 MAX_UDP = 1400
 
+# What we say that we take from nameservers by UDP: the figure of the DNS flag day 2020, which fits into any path.
+UPSTREAM_UDP = 1232
+
 # The records that are looked at for an OPT; queries have one or two (OPT and TSIG).
 _MAX_ADDITIONAL = 16
+
+# RFC 8914 5.2: why there is no better answer. Its text is for people, and short, so that it fits into 512 bytes.
+EDE_OTHER = 0
+EDE_STALE = 3
+EDE_CACHED = 13
+EDE_STALE_NXDOMAIN = 19
+EDE_NO_AUTHORITY = 22
+EDE_NETWORK = 23
+EDE_INVALID_DATA = 24
+OPTION_EDE = 15
+_MAX_TEXT = 120
+
+Ede = tuple[int, str]
+"""An extended DNS error: its code and a text."""
 
 
 class Question(NamedTuple):
@@ -73,6 +98,8 @@ class Question(NamedTuple):
     class_: int
     end: int
     """Where the question section ends."""
+    name: bytes = b""
+    """The name as on the wire, in lower case: the shortest thing to look it up by."""
 
 
 class Opt(NamedTuple):
@@ -81,6 +108,24 @@ class Opt(NamedTuple):
     udp_size: int
     version: int
     dnssec_ok: bool
+
+
+class Query(NamedTuple):
+    """A standard query with one question, of a guest."""
+
+    wire: bytes
+    question: Question
+    opt: Opt | None
+    flags: int
+    signed: bool
+    """TSIG or SIG(0) at its end: it can be passed on, but not changed (RFC 8945 5.2, RFC 2931)."""
+    tcp: bool = False
+    guest: bytes | str = b""
+    """Who asked, for the log: an address, or the name of a link."""
+
+    @property
+    def dnssec_ok(self) -> bool:
+        return self.opt is not None and self.opt.dnssec_ok
 
 
 def message_id(message: bytes) -> int:
@@ -108,47 +153,84 @@ def parse_question(message: bytes) -> Question | None:
 
     The name must be spelled out: nothing precedes it that a compression pointer could lead to.
     """
-    if len(message) < HEADER_LENGTH or int.from_bytes(message[4:6], "big") != 1:
+    if len(message) < HEADER_LENGTH or message[4] or message[5] != 1:
         return None
+    # Lengths are below 64, so that lower() leaves them alone; those that are not are refused, changed or not.
+    lowered = message[: HEADER_LENGTH + _MAX_NAME + 4].lower()
     labels = []
     position = HEADER_LENGTH
-    while True:
-        if position >= len(message):
-            return None
-        length = message[position]
-        position += 1
-        if length == 0:
-            break
-        label = message[position : position + length]
-        if length > 63 or len(label) < length or position + length - HEADER_LENGTH >= _MAX_NAME:
-            return None
-        labels.append(label.lower())
-        position += length
-    if position + 4 > len(message):
+    try:
+        while length := lowered[position]:
+            start = position + 1
+            position = start + length
+            if length > 63 or position - HEADER_LENGTH >= _MAX_NAME:
+                return None
+            labels.append(lowered[start:position])
+        kind, class_ = _QUESTION_TAIL.unpack_from(message, position + 1)
+    except (IndexError, error):
         return None
-    kind, class_ = _QUESTION_TAIL.unpack_from(message, position)
-    return Question(tuple(labels), kind, class_, position + 4)
+    return Question(tuple(labels), kind, class_, position + 5, lowered[HEADER_LENGTH : position + 1])
+
+
+def parse_query(message: bytes, *, tcp: bool = False, guest: bytes | str = b"") -> Query | int | None:
+    """Read a message that should be a standard query with one question. Untrusted.
+
+    Gives the rcode where it is to be refused (the question can be read, or is left out of the answer), and None where
+    silence is the answer: what is no query. Answering answers, two servers would go on for ever.
+    """
+    if len(message) < HEADER_LENGTH:
+        return None
+    flags = message[2] << 8 | message[3]
+    if flags & QR:
+        return None
+    if flags & OPCODE:
+        return NOTIMP
+    question = parse_question(message)
+    if question is None:
+        return FORMERR  # RFC 9619: a query has one question
+    if message[6:12] == b"\0\0\0\0\0\0":
+        return Query(message, question, None, flags, False, tcp, guest)
+    opt, opts, signed = _read_additional(message, question)
+    if opts != (opt is not None):
+        return FORMERR  # two (RFC 6891 6.1.1), or what cannot be read
+    if opt is not None and opt.version:
+        return BADVERS
+    return Query(message, question, opt, flags, signed, tcp, guest)
 
 
 def find_opt(message: bytes, question: Question) -> Opt | None:
     """The OPT record of a query. Untrusted: None when there is none that can be reached."""
+    return _read_additional(message, question)[0]
+
+
+def _read_additional(message: bytes, question: Question) -> tuple[Opt | None, int, bool]:
+    """The first OPT of a query, how many there are, and whether a signature ends it. Untrusted.
+
+    Where the records cannot be read, there are -1.
+    """
     _, _, _, answers, authorities, additionals = _HEADER.unpack_from(message)
-    # Queries have no other records. Where they do, the answer is simply that of a client without EDNS.
+    # IXFR has an authority record, and is refused. With others the answer is simply that of a client without EDNS.
     if answers or authorities:
-        return None
+        return None, 0, False
+    found = None
+    opts = 0
+    kind = 0
     position = question.end
     for _ in range(min(additionals, _MAX_ADDITIONAL)):
-        after_name = _skip_name(message, position)
+        after_name = skip_name(message, position)
         if after_name is None or after_name + _RECORD_TAIL.size > len(message):
-            return None
+            return found, -1, False
         kind, class_, ttl, length = _RECORD_TAIL.unpack_from(message, after_name)
         if kind == TYPE_OPT and message[position] == 0:
-            return Opt(class_, ttl >> 16 & 0xFF, bool(ttl & 0x8000))
+            opts += 1
+            found = found or Opt(class_, ttl >> 16 & 0xFF, bool(ttl & 0x8000))
         position = after_name + _RECORD_TAIL.size + length
-    return None
+        if position > len(message):
+            return found, -1, False
+    return found, opts, kind in (TYPE_TSIG, TYPE_SIG)
 
 
-def _skip_name(message: bytes, position: int) -> int | None:
+def skip_name(message: bytes, position: int) -> int | None:
     """Where the name that begins here ends. Untrusted. A pointer ends it, and is not followed."""
     while position < len(message):
         length = message[position]
@@ -167,30 +249,42 @@ def udp_limit(opt: Opt | None) -> int:
     return MIN_UDP if opt is None else min(max(opt.udp_size, MIN_UDP), MAX_UDP)
 
 
-def write_error(query: bytes, rcode: int) -> bytes:
+def write_opt(opt: Opt, rcode: int = NOERROR, ede: Sequence[Ede] = ()) -> bytes:
+    """The OPT record that answers an OPT: version 0, our own size, the DO bit copied (RFC 6891 7, RFC 3225 3)."""
+    options = b""
+    for code, text in ede:
+        data = code.to_bytes(2, "big") + text.encode("utf-8", "replace")[:_MAX_TEXT]
+        options += _OPTION.pack(OPTION_EDE, len(data)) + data
+    ttl = rcode >> 4 << 24 | (0x8000 if opt.dnssec_ok else 0)
+    return b"\0" + _RECORD_TAIL.pack(TYPE_OPT, MAX_UDP, ttl, len(options)) + options
+
+
+def write_error(query: bytes, rcode: int, ede: Sequence[Ede] = ()) -> bytes:
     """An answer without records: the query's ID, opcode, RD and CD, its question if it can be read, an OPT for an OPT.
 
     Untrusted: query needs 12 bytes, and any 12 will do.
     """
     question = parse_question(query)
-    flags = QR | RA | flags_of(query) & (OPCODE | RD | CD) | rcode & RCODE
-    return _write_empty(query, question, flags, rcode >> 4)
-
-
-def write_truncated(query: bytes, answer: bytes) -> bytes:
-    """Say that the answer is too long for UDP (TC): its flags and the question, no records (RFC 2181 9)."""
-    return _write_empty(query, parse_question(query), flags_of(answer) | QR | TC)
-
-
-def _write_empty(query: bytes, question: Question | None, flags: int, extended_rcode: int = 0) -> bytes:
     opt = find_opt(query, question) if question is not None else None
+    flags = QR | RA | flags_of(query) & (OPCODE | RD | CD) | rcode & RCODE
     head = _HEADER.pack(message_id(query), flags, question is not None, 0, 0, opt is not None)
     tail = query[HEADER_LENGTH : question.end] if question is not None else b""
-    if opt is not None:
-        # RFC 6891 7: an OPT is answered with an OPT; version 0, our own size, the DO bit copied (RFC 3225 3).
-        ttl = extended_rcode << 24 | (0x8000 if opt.dnssec_ok else 0)
-        tail += b"\0" + _RECORD_TAIL.pack(TYPE_OPT, MAX_UDP, ttl, 0)
-    return head + tail
+    return head + tail + (write_opt(opt, rcode, ede) if opt is not None else b"")
+
+
+def write_query(query: Query, *, edns: bool) -> bytes:
+    """The query as we send it: the guest's question, letter for letter, and an OPT of our own (RFC 6891 6.1.1, 7).
+
+    What the guest's OPT says is for us: its size, and options such as cookies, which a server must not see that the
+    guest does not talk to (RFC 7873 5.2). The ID is 0.
+    """
+    if query.signed:
+        return b"\0\0" + query.wire[2:]
+    flags = query.flags & (RD | AD | CD)
+    head = _HEADER.pack(0, flags, 1, 0, 0, edns) + query.wire[HEADER_LENGTH : query.question.end]
+    if not edns:
+        return head
+    return head + b"\0" + _RECORD_TAIL.pack(TYPE_OPT, UPSTREAM_UDP, 0x8000 if query.dnssec_ok else 0, 0)
 
 
 def is_answer_to(answer: bytes, query: bytes, question: Question) -> bool:
@@ -204,10 +298,3 @@ def is_answer_to(answer: bytes, query: bytes, question: Question) -> bool:
         return rcode_of(answer) in (FORMERR, NOTIMP)
     asked = parse_question(answer)
     return asked is not None and asked == question
-
-
-def with_question(answer: bytes, query: bytes, question: Question) -> bytes:
-    """The answer with the question as the client wrote it, letter case included (RFC 4343 4.1)."""
-    if answer[4:6] == b"\0\0":
-        return answer
-    return answer[:HEADER_LENGTH] + query[HEADER_LENGTH : question.end] + answer[question.end :]

@@ -2,12 +2,14 @@
 
 Theory of operation
 -------------------
-This front knows nothing about where answers come from: it has a Resolver, whose one verb takes the bytes of a query and
-gives the bytes of an answer. What it does itself is to turn away what is no query, to keep the number of queries in
-flight within bounds, to hold answers by UDP to the size that the guest takes, and to speak TCP.
+This front knows nothing about where answers come from: it has a Resolver, which has two verbs. `known` gives what can
+be answered at once, from local names and the cache; that is most of it, and takes no task, no wait and no bookkeeping:
+a datagram is answered within the call that brought it, and leaves with everything else that the guest's batch of frames
+brings about. `resolve` finds out the rest, and calls back.
 
-Each query is a task in the nursery given by the gateway, so that a slow nameserver delays nobody else's query; over TCP
-the answers therefore leave in the order in which they are ready (RFC 7766 6.2.1.1).
+What the front does itself is to turn away what is no query, to keep the number of queries in flight within bounds, to
+hold answers by UDP to the size that the guest takes, and to speak TCP, where answers leave in the order in which they
+are ready (RFC 7766 6.2.1.1).
 
 Bounds: queries in flight for each guest, and in all; beyond that the answer is SERVFAIL, at once, so that the guest's
 resolver tries again later and holds nothing here. TCP connections for each guest and in all; beyond that they are
@@ -19,32 +21,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import trio
 
-from netstack.core.ports import Datagram, Events
-from netstack.dns.local import LocalNames
+from netstack.core.ports import Datagram, Events, Link
 from netstack.dns.message import (
-    BADVERS,
+    EDE_OTHER,
     FORMERR,
     HEADER_LENGTH,
-    NOTIMP,
-    OPCODE,
-    QR,
     REFUSED,
     SERVFAIL,
     TYPE_AXFR,
     TYPE_IXFR,
-    find_opt,
-    flags_of,
-    parse_question,
-    rcode_of,
+    Query,
+    parse_query,
     udp_limit,
     write_error,
-    write_truncated,
 )
-from netstack.dns.upstream import Upstream
+from netstack.dns.replies import truncate
 
 PORT = 53
 
@@ -64,32 +60,23 @@ MAX_TCP_QUERY = 4096
 
 
 class Resolver(Protocol):
-    """Where answers come from."""
+    """Where answers come from. They may be of any length: the front truncates them for UDP."""
 
-    async def resolve(self, query: bytes, *, tcp: bool) -> bytes:
-        """Give the answer to a query, with its ID; of any length, the front truncates it for UDP.
-
-        query is a standard query with exactly one question that can be read; tcp says how the guest asked. When there
-        is no answer, that is an answer too: SERVFAIL.
-        """
+    def remembered(self, wire: bytes, guest: bytes | str) -> bytes | None:
+        """The answer to the bytes of a datagram, if that was given lately."""
         ...
 
+    def remember(self, query: Query, answer: bytes) -> None:
+        """What known() said leaves in this form: an answer that fits."""
+        ...
 
-@dataclass(slots=True)
-class RelayResolver:
-    """Names of our own first; the rest goes to the host's nameservers."""
+    def known(self, query: Query) -> bytes | None:
+        """The answer to a query, if that takes no time; else None."""
+        ...
 
-    local: LocalNames
-    upstream: Upstream
-
-    async def resolve(self, query: bytes, *, tcp: bool) -> bytes:
-        question = parse_question(query)
-        if question is None:
-            return write_error(query, FORMERR)
-        answer = self.local.answer(query, question)
-        if answer is None:
-            answer = await self.upstream.ask(query, question, tcp=tcp)
-        return answer if answer is not None else write_error(query, SERVFAIL)
+    def resolve(self, query: Query, reply: Callable[[bytes], None]) -> None:
+        """Find the answer, and call `reply` with it, once, later. No answer is one too: SERVFAIL."""
+        ...
 
 
 @dataclass(slots=True)
@@ -128,62 +115,87 @@ class DnsServer:
         nursery: trio.Nursery,
         reply: Callable[[Datagram, bytes], None],
         *,
+        flush: Callable[[Link], None] = lambda link: None,
         events: Events | None = None,
     ) -> None:
+        """`flush` is called for the link of an answer that leaves later than within the call that brought its query."""
         self.resolver = resolver
         self.counters: Counter[str] = Counter()
         self.queries = _Quota(MAX_QUERIES_OF_GUEST, MAX_QUERIES)
         self.connections = _Quota(MAX_CONNECTIONS_OF_GUEST, MAX_CONNECTIONS)
         self._nursery = nursery
         self._reply = reply
+        self._flush = flush
         self._events = events
 
     def on_datagram(self, datagram: Datagram, now: float) -> None:
         """Take a datagram from a guest to port 53. Untrusted. The answer goes out now or later."""
-        query = bytes(datagram.payload)
         self.counters["dns_udp_queries"] += 1
-        refusal = self._refuse(query)
-        if refusal is not None:
-            if refusal:
-                self._reply(datagram, refusal)
-        elif self._admit(datagram.link):
-            self._nursery.start_soon(self._serve_datagram, datagram, query)
-        else:
-            self._reply(datagram, write_error(query, SERVFAIL))
+        wire = bytes(datagram.payload)
+        try:
+            known = self.resolver.remembered(wire, datagram.src)
+        except Exception:  # a bug: let the longer way report it
+            known = None
+        if known is not None:
+            self._reply(datagram, known)
+            return
+        query = parse_query(wire, guest=datagram.src)
+        answer = self._begin(query, wire)
+        if answer is None:
+            assert isinstance(query, Query)  # anything else was answered
+            if self._admit(datagram.link):
+                self._resolve(query, partial(self._on_answer, datagram, query))
+                return
+            answer = _too_many(query)
+        if answer:
+            if isinstance(query, Query):
+                answer = _fit(self, query, answer)
+                self.resolver.remember(query, answer)
+            self._reply(datagram, answer)
 
-    async def serve_stream(self, stream: trio.abc.Stream, guest: object) -> None:
-        """Serve one TCP connection until it ends. Untrusted. guest is whatever tells guests apart, for the bounds."""
+    async def serve_stream(self, stream: trio.abc.Stream, guest: object, address: bytes | str = "") -> None:
+        """Serve one TCP connection until it ends. Untrusted.
+
+        guest is whatever tells guests apart, for the bounds; address is for the log.
+        """
         async with stream:
             if not self.connections.take(guest):
                 self.counters["dns_tcp_refused"] += 1
                 return
             try:
-                await _Connection(self, stream, guest).serve()
+                await _Connection(self, stream, guest, address).serve()
             finally:
                 self.connections.give_back(guest)
 
-    def _refuse(self, query: bytes) -> bytes | None:
-        """Give the answer to what is no query that can be resolved, empty for silence; None for a good query."""
-        if len(query) < HEADER_LENGTH or flags_of(query) & QR:
-            # Never answer an answer: two servers would go on for ever.
+    def _begin(self, query: Query | int | None, wire: bytes) -> bytes | None:
+        """Give the answer that can be given at once, empty for silence; None where the resolver has to find out."""
+        if query is None:
             self.counters["dns_malformed"] += 1
             return b""
-        if flags_of(query) & OPCODE:
+        if isinstance(query, int):
+            self.counters["dns_malformed" if query == FORMERR else "dns_refused"] += 1
+            return write_error(wire, query)
+        if query.question.type in (TYPE_AXFR, TYPE_IXFR):
             self.counters["dns_refused"] += 1
-            return write_error(query, NOTIMP)
-        question = parse_question(query)
-        if question is None:
-            self.counters["dns_malformed"] += 1
-            # RFC 9619: a query has one question.
-            return write_error(query, FORMERR)
-        if question.type in (TYPE_AXFR, TYPE_IXFR):
-            self.counters["dns_refused"] += 1
-            return write_error(query, REFUSED)
-        opt = find_opt(query, question)
-        if opt is not None and opt.version:
-            self.counters["dns_refused"] += 1
-            return write_error(query, BADVERS)
-        return None
+            return write_error(wire, REFUSED)
+        try:
+            return self.resolver.known(query)
+        except Exception as error:
+            return self._on_bug(query, error)
+
+    def _resolve(self, query: Query, reply: Callable[[bytes], None]) -> None:
+        """Have the resolver find out."""
+        try:
+            self.resolver.resolve(query, reply)
+        except Exception as error:
+            reply(self._on_bug(query, error))
+
+    def _on_bug(self, query: Query, error: Exception) -> bytes:
+        """One query's bug must not end the network of all guests."""
+        self.counters["dns_failed"] += 1
+        if self._events is not None:
+            self._events.warning("dns_failed", "a DNS query failed", error=repr(error), query=query.wire.hex())
+        return write_error(query.wire, SERVFAIL)
 
     def _admit(self, guest: object) -> bool:
         if self.queries.take(guest):
@@ -193,52 +205,53 @@ class DnsServer:
             self._events.warning("dns_too_many", "too many DNS queries at once: answering SERVFAIL")
         return False
 
-    async def _resolve(self, query: bytes, *, tcp: bool) -> bytes:
-        try:
-            answer = await self.resolver.resolve(query, tcp=tcp)
-        except Exception as error:
-            # One query's bug must not end the network of all guests.
-            self.counters["dns_failed"] += 1
-            if self._events is not None:
-                self._events.warning("dns_failed", "a DNS query failed", error=repr(error), query=query.hex())
-            answer = write_error(query, SERVFAIL)
-        if rcode_of(answer) == SERVFAIL:
-            self.counters["dns_servfail"] += 1
-        return answer
+    def _on_answer(self, datagram: Datagram, query: Query, answer: bytes) -> None:
+        """The resolver has found out."""
+        self.queries.give_back(datagram.link)
+        self._reply(datagram, _fit(self, query, answer))
+        self._flush(datagram.link)
 
-    async def _serve_datagram(self, datagram: Datagram, query: bytes) -> None:
-        try:
-            answer = await self._resolve(query, tcp=False)
-        finally:
-            self.queries.give_back(datagram.link)
-        question = parse_question(query)
-        if question is not None and len(answer) > udp_limit(find_opt(query, question)):
-            self.counters["dns_truncated"] += 1
-            answer = write_truncated(query, answer)
-        self._reply(datagram, answer)
+
+def _fit(server: DnsServer, query: Query, answer: bytes) -> bytes:
+    """Hold an answer to the size that the guest takes by UDP."""
+    if len(answer) <= 512 or len(answer) <= (limit := udp_limit(query.opt)):
+        return answer
+    server.counters["dns_truncated"] += 1
+    return truncate(answer, query, limit)
+
+
+def _too_many(query: Query) -> bytes:
+    return write_error(query.wire, SERVFAIL, ((EDE_OTHER, "too many queries at once"),))
 
 
 class _Connection:
     """One guest's TCP connection."""
 
-    def __init__(self, server: DnsServer, stream: trio.abc.Stream, guest: object) -> None:
+    def __init__(self, server: DnsServer, stream: trio.abc.Stream, guest: object, address: bytes | str) -> None:
         self._server = server
         self._stream = stream
         self._guest = guest
+        self._address = address
         self._sending = trio.Lock()
         self._broken = False
+        self._over = False
         self._in_flight = 0
+        self._idle = trio.Event()
 
     async def serve(self) -> None:
         async with trio.open_nursery() as nursery:
             try:
                 await self._read_queries(nursery)
+                # The guest has closed its half, maybe only that: what it asked is answered before ours is closed.
+                while self._in_flight:
+                    self._idle = trio.Event()
+                    await self._idle.wait()
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 nursery.cancel_scope.cancel()
-            # The guest has closed its half, maybe only that: what it asked is answered before ours is closed.
+            finally:
+                self._over = True
 
     async def _read_queries(self, nursery: trio.Nursery) -> None:
-        server = self._server
         received = bytearray()
         while True:
             chunk: bytes | bytearray = b""
@@ -254,31 +267,52 @@ class _Connection:
             while len(received) >= 2:
                 length = int.from_bytes(received[:2], "big")
                 if not HEADER_LENGTH <= length <= MAX_TCP_QUERY:
-                    server.counters["dns_malformed"] += 1
+                    self._server.counters["dns_malformed"] += 1
                     return
                 if len(received) < 2 + length:
                     break
-                query = bytes(received[2 : 2 + length])
+                wire = bytes(received[2 : 2 + length])
                 del received[: 2 + length]
-                server.counters["dns_tcp_queries"] += 1
-                refusal = server._refuse(query)
-                if refusal is None and not server._admit(self._guest):
-                    refusal = write_error(query, SERVFAIL)
-                if refusal is None:
-                    self._in_flight += 1
-                    nursery.start_soon(self._serve_query, query, nursery.cancel_scope)
-                elif refusal:
-                    # Sent from here: a guest that asks without reading is not read from either.
-                    await self._send(refusal)
+                await self._on_query(wire, nursery)
 
-    async def _serve_query(self, query: bytes, connection: trio.CancelScope) -> None:
+    async def _on_query(self, wire: bytes, nursery: trio.Nursery) -> None:
+        """Untrusted."""
+        server = self._server
+        server.counters["dns_tcp_queries"] += 1
+        query = parse_query(wire, tcp=True, guest=self._address)
+        answer = server._begin(query, wire)
+        if answer is None:
+            assert isinstance(query, Query)  # anything else was answered
+            if server._admit(self._guest):
+                self._in_flight += 1
+                server._resolve(query, partial(self._on_answer, nursery))
+                return
+            answer = _too_many(query)
+        if answer:
+            # Sent from here: a guest that asks without reading is not read from either.
+            await self._send(answer)
+
+    def _on_answer(self, nursery: trio.Nursery, answer: bytes) -> None:
+        """The resolver has found out; the guest may have gone meanwhile."""
+        if self._over:
+            self._finish()
+        else:
+            nursery.start_soon(self._send_late, answer, nursery.cancel_scope)
+
+    async def _send_late(self, answer: bytes, connection: trio.CancelScope) -> None:
         try:
-            await self._send(await self._server._resolve(query, tcp=True))
+            await self._send(answer)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             connection.cancel()
         finally:
-            self._in_flight -= 1
-            self._server.queries.give_back(self._guest)
+            self._finish()
+
+    def _finish(self) -> None:
+        """A query has got what it gets."""
+        self._in_flight -= 1
+        self._server.queries.give_back(self._guest)
+        if not self._in_flight:
+            self._idle.set()
 
     async def _send(self, answer: bytes) -> None:
         """Send one answer with its length, in one piece. Raises BrokenResourceError when the guest does not take it."""

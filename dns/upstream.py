@@ -1,121 +1,122 @@
-"""Asking the host's nameservers, with the guest's own bytes.
+"""Asking the scopes that the routing table named for a name, and whose word counts.
 
-A query goes out as it came in, but for its ID: each gets a fresh random one, and a fresh socket and so a fresh random
-port, connected to the nameserver (RFC 5452 9.2). What comes back must have that ID and ask the same question; anything
-else is somebody's guess, and the wait goes on. The guest gets the answer's bytes with its own ID and its own spelling
-of the name.
+`ask` gets a query and the scopes that `routes` found for its name. Scopes are asked at the same time; the first that
+has what was asked for wins, and if none has it, the mildest "no" does: no such type, no such name, cannot help. Once
+one has said no, the others have two seconds to say yes. What goes on within a scope is a race: see `race`.
 
-The nameservers are asked in their order, as the C library does: five seconds for each, the next one at once where the
-host says that there is nobody (ICMP port unreachable), or where the server says that it cannot help (SERVFAIL,
-REFUSED).
-
-A query that came by UDP is asked by UDP, and an answer that says "truncated" is passed on: the guest comes again by
-TCP, and then TCP is used here too (RFC 5625 4.4.1).
+Here live what all queries share: sockets, connections, and what is known of the servers.
 """
 
 from __future__ import annotations
 
-import secrets
-import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 import trio
 
-from netstack.dns.message import REFUSED, SERVFAIL, Question, is_answer_to, rcode_of, with_id, with_question
-from netstack.dns.resolvconf import Nameserver
+from netstack.dns.health import HealthTable
+from netstack.dns.message import EDE_NETWORK, NOERROR, NXDOMAIN, Query, parse_query, write_query
+from netstack.dns.race import DEADLINE, Answer, Race
+from netstack.dns.routes import Scope, Server
+from netstack.dns.upstream_https import Https
+from netstack.dns.upstream_system import System
+from netstack.dns.upstream_tcp import Streams
+from netstack.dns.upstream_udp import Datagrams
 
-# RES_TIMEOUT of the C library (resolv.conf(5), "timeout"), in seconds.
-TIMEOUT = 5.0
-
-MAX_MESSAGE = 65535
+# Seconds that other scopes are waited for, once one has said no.
+_OTHERS = 2.0
 
 
 @dataclass(slots=True)
 class Upstream:
-    """Asks the nameservers that `nameservers` gives at the time."""
+    """Asks servers. Tasks and connections live in the nursery; clock is trio's."""
 
-    nameservers: Callable[[], Sequence[Nameserver]]
-    timeout: float = TIMEOUT
+    nursery: trio.Nursery
+    deadline: float = DEADLINE
+    ca_file: str | None = None
+    """Certificates to trust, in place of the host's."""
+    system: System | None = None
+    """Whom to ask where the host's nameservers are silent."""
+    counters: Counter[str] = field(default_factory=Counter)
+    health: HealthTable = field(default_factory=HealthTable)
+    datagrams: Datagrams = field(init=False)
+    streams: Streams = field(init=False)
+    https: Https = field(init=False)
 
-    async def ask(self, query: bytes, question: Question, *, tcp: bool) -> bytes | None:
-        """Give the first useful answer to a query, or None when no nameserver gave one.
+    def __post_init__(self) -> None:
+        self.datagrams = Datagrams(self.nursery, self.counters)
+        self.streams = Streams(self.nursery, self.ca_file)
+        self.https = Https(self.streams.tls_context)
 
-        question is what parse_question found in the query.
+    async def ask(self, query: Query | bytes, scopes: Sequence[Scope], *, tcp: bool | None = None) -> Answer:
+        """Ask the scopes' servers; what nobody answers has an Answer too, without a reply.
+
+        tcp says that TCP is to be preferred: without it, as the guest asked.
         """
-        useless = None
-        for nameserver in tuple(self.nameservers()):
-            sent = with_id(query, secrets.randbits(16))
-            answer = None
-            with trio.move_on_after(self.timeout):
-                try:
-                    answer = await self._ask_one(nameserver, sent, question, tcp=tcp)
-                except OSError:
-                    # Nobody there, no route, no descriptor left: for this query the nameserver is not to be had.
-                    continue
-            if answer is None:
-                continue
-            answer = with_question(with_id(answer, int.from_bytes(query[:2], "big")), query, question)
-            if rcode_of(answer) not in (SERVFAIL, REFUSED):
-                return answer
-            useless = useless or answer
-        return useless
+        if not isinstance(query, Query):
+            parsed = parse_query(query)
+            if not isinstance(parsed, Query):
+                raise ValueError("not a query")  # noqa: TRY004 - of no use, not of the wrong type
+            query = parsed
+        tcp = query.tcp if tcp is None else tcp
+        if len(scopes) == 1:
+            return await Race(self, query, scopes[0], tcp).run()
+        if not scopes:
+            return Answer(b"", None, "", "", ((EDE_NETWORK, "no nameserver for this name"),))
+        return await self._ask_all(query, scopes, tcp)
 
-    async def _ask_one(self, nameserver: Nameserver, query: bytes, question: Question, *, tcp: bool) -> bytes:
-        if tcp:
+    def begin(self, query: Query, scopes: Sequence[Scope]) -> Race | None:
+        """Ask at once, where one scope is to be asked; the race's run() gives the answer. None where ask() must."""
+        if len(scopes) != 1:
+            return None
+        race = Race(self, query, scopes[0], query.tcp)
+        race.begin()
+        return race
+
+    async def probe(self, query: Query, scope: Scope) -> None:
+        """Send a query whose answer does not matter."""
+        for server in scope.servers:
             try:
-                return await _ask_tcp(nameserver, query, question)
-            except (OSError, EOFError):
-                # There are nameservers without TCP, in home routers above all. What they say by UDP is better than
-                # nothing, and says itself whether it is all.
-                pass
-        return await _ask_udp(nameserver, query, question)
+                wire = write_query(query, edns=False)
+                exchange = self.datagrams.ask(server, wire, query.question, lambda *_: None, trio.current_time())
+            except OSError:
+                continue
+            try:
+                await trio.sleep(1.0)
+            finally:
+                self.datagrams.close(exchange)
+
+    def retain(self, servers: Collection[Server]) -> None:
+        """The host's network changed: forget what is known of other servers than these, and that these were dead."""
+        self.health.retain(servers)
+        self.streams.retain(servers)
+        self.nursery.start_soon(self.https.retain, frozenset(servers))
+
+    async def _ask_all(self, query: Query, scopes: Sequence[Scope], tcp: bool) -> Answer:
+        """Ask several scopes at once; the first that has it wins."""
+        answers: list[Answer] = []
+        winner: Answer | None = None
+
+        async def ask_one(scope: Scope) -> None:
+            nonlocal winner
+            answer = await Race(self, query, scope, tcp).run()
+            answers.append(answer)
+            if answer.reply is not None and answer.reply.positive and winner is None:
+                winner = answer
+                nursery.cancel_scope.cancel()
+            elif _mildness(answer) <= 1:
+                nursery.cancel_scope.deadline = min(nursery.cancel_scope.deadline, trio.current_time() + _OTHERS)
+
+        async with trio.open_nursery() as nursery:
+            for scope in scopes:
+                nursery.start_soon(ask_one, scope)
+        return winner or min(answers, key=_mildness)
 
 
-async def _connect(nameserver: Nameserver, kind: int) -> trio.socket.SocketType:
-    """A socket connected to the nameserver. The look-up is numeric: it turns a scope's name into its number."""
-    flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-    family, _, protocol, _, sockaddr = socket.getaddrinfo(nameserver.address, nameserver.port, type=kind, flags=flags)[
-        0
-    ]
-    sock = trio.socket.socket(family, kind, protocol)
-    try:
-        await sock.connect(sockaddr)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-async def _ask_udp(nameserver: Nameserver, query: bytes, question: Question) -> bytes:
-    with await _connect(nameserver, socket.SOCK_DGRAM) as sock:
-        await sock.send(query)
-        while True:
-            answer = await sock.recv(MAX_MESSAGE)
-            if is_answer_to(answer, query, question):
-                return answer
-
-
-async def _ask_tcp(nameserver: Nameserver, query: bytes, question: Question) -> bytes:
-    async with trio.SocketStream(await _connect(nameserver, socket.SOCK_STREAM)) as stream:
-        # In one piece: some servers read the length alone and give up (RFC 7766 8).
-        try:
-            await stream.send_all(len(query).to_bytes(2, "big") + query)
-            while True:
-                length = int.from_bytes(await _receive_exactly(stream, 2), "big")
-                answer = await _receive_exactly(stream, length)
-                if is_answer_to(answer, query, question):
-                    return answer
-        except trio.BrokenResourceError:
-            raise EOFError from None
-
-
-async def _receive_exactly(stream: trio.SocketStream, count: int) -> bytes:
-    """Read so many bytes. Raises EOFError when the stream ends before."""
-    received = bytearray()
-    while len(received) < count:
-        chunk = await stream.receive_some(count - len(received))
-        if not chunk:
-            raise EOFError
-        received += chunk
-    return bytes(received)
+def _mildness(answer: Answer) -> int:
+    """Of several who have not got it, whose word counts: the one with the least number."""
+    reply = answer.reply
+    if reply is None:
+        return 9
+    return {NOERROR: 0, NXDOMAIN: 1}.get(reply.rcode, 2)

@@ -27,6 +27,16 @@ esac
 packages="$qemu busybox-static kmod cpio iproute2 iputils-ping ethtool iperf3 procps gcc libc6-dev
     passt slirp4netns vde2 dnsmasq-base isc-dhcp-client tshark"
 
+# Daemons that would take the machine's own network over when installed are unpacked into .cache, and run in namespaces
+# only. Their libraries that a small machine may lack are unpacked with them.
+resolved="systemd-resolved"
+networkmanager="network-manager libnm0 libndp0 libjansson4 libpsl5"
+packages="$packages dbus-daemon"
+
+# Daemons that are run in namespaces only, and are kept from starting: now, and when the machine boots.
+daemons="avahi-daemon unbound knot"
+packages="$packages $daemons dnsperf knot-dnsutils"
+
 # shellcheck disable=SC1091
 . /etc/os-release
 case " $ID ${ID_LIKE:-} " in
@@ -47,7 +57,23 @@ find_missing() { # sets $missing; one call of dpkg-query, because this runs befo
         [ "$package" = "$kernel" ] && [ -d .cache/kernel ] && continue
         missing="$missing $package"
     done
+    [ -d .cache/resolved ] || [ -x /usr/lib/systemd/systemd-resolved ] || [ -x /lib/systemd/systemd-resolved ] ||
+        missing="$missing $resolved"
+    [ -d .cache/networkmanager ] || [ -x /usr/sbin/NetworkManager ] || missing="$missing $networkmanager"
     missing=${missing# }
+}
+
+unpack() { # the packages into .cache/$1
+    folder=$1
+    shift
+    fresh=$PWD/.cache/$folder.new
+    rm -rf "$fresh"
+    mkdir -p "$fresh"
+    (cd "$fresh" && apt-get download -qq -o APT::Sandbox::User=root "$@") || return 1
+    for file in "$fresh"/*.deb; do dpkg-deb -x "$file" "$fresh" || return 1; done
+    rm -f "$fresh"/*.deb
+    rm -rf ".cache/$folder"
+    mv "$fresh" ".cache/$folder"
 }
 
 # A kernel package on a machine that boots by itself would add its kernel to the boot menu, perhaps as the first choice.
@@ -90,8 +116,18 @@ available() { # those of the arguments that apt can install
 apt() { apt-get -yqq -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 --no-install-recommends "$@" </dev/null >>"$log" 2>&1; }
 
 install_missing() {
+    # What cannot be unpacked, because it has another name in this distribution, does not keep the rest away.
     # shellcheck disable=SC2086
-    wanted=$(available $missing)
+    case " $missing " in *" $resolved "*) unpack resolved $resolved >>"$log" 2>&1 || : ;; esac
+    # shellcheck disable=SC2086
+    case " $missing " in *" $networkmanager "*) unpack networkmanager $networkmanager >>"$log" 2>&1 || : ;; esac
+    unpacked=" $resolved $networkmanager "
+    wanted=
+    for package in $missing; do
+        case $unpacked in *" $package "*) ;; *) wanted="$wanted $package" ;; esac
+    done
+    # shellcheck disable=SC2086
+    wanted=$(available $wanted)
     wanted=${wanted% }
     case " $wanted " in *" $kernel "*)
         if boots_by_itself; then
@@ -101,7 +137,26 @@ install_missing() {
         fi ;;
     esac
     # shellcheck disable=SC2086
-    apt install $wanted
+    install_quietly $wanted
+}
+
+policy=/usr/sbin/policy-rc.d # invoke-rc.d(8): 101 forbids packages to start what they install
+
+install_quietly() {
+    if [ ! -e $policy ]; then
+        trap 'rm -f $policy' EXIT
+        printf '#!/bin/sh\nexit 101\n' >$policy
+        chmod 755 $policy
+    fi
+    status=0
+    apt install "$@" || status=1
+    if command -v systemctl >/dev/null 2>&1; then
+        for daemon in $daemons; do
+            # Only what came just now: a daemon that was here before is its owner's.
+            case " $* " in *" $daemon "*) systemctl disable "$daemon.service" "$daemon.socket" >>"$log" 2>&1 || : ;; esac
+        done
+    fi
+    return $status
 }
 
 find_missing

@@ -59,6 +59,8 @@ DEBIAN_PACKAGES = {
     "vde_switch": "vde2",
     "vde_plug": "vde2",
     "dnsmasq": "dnsmasq-base",
+    "knotd": "knot",
+    "kdig": "knot-dnsutils",
     "dhclient": "isc-dhcp-client",
     "ping": "iputils-ping",
     "pasta": "passt",

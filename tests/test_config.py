@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from netstack.config import Config, ConfigError, parse_api_uri, parse_link_uri, runtime_directory, state_directory
-from netstack.config.tables import NetworkTable, split_nameserver, subnet6_beside
+from netstack.config.tables import NetworkTable, subnet6_beside
 from netstack.config.toml_lines import key_lines, line_of
 
 COMPLETE = """\
@@ -36,8 +36,16 @@ address = "10.1.2.20"
 address6 = "fd12:3456::20"
 
 [dns]
+upstreams = ["tls://192.0.2.9#dns.example", "https://dns.example/dns-query"]
 nameservers = ["192.0.2.1", "[2001:db8::1]:5353"]
+source = "resolved"
+encryption = "opportunistic"
 search = ["Example.COM."]
+
+[[dns.route]]
+domains = ["Corp.Example.", "8.10.in-addr.arpa"]
+upstreams = ["10.8.0.1:5353"]
+interface = "tun0"
 
 [pcap]
 file = "guests.pcapng"
@@ -80,6 +88,10 @@ def test_a_complete_file(tmp_path: Path) -> None:
     assert [link.uri for link in config.link] == ["unix:///run/a.sock", "vde:///run/b.ctl"]
     assert config.guest[0].mac == "52:54:00:aa:bb:01"
     assert config.dns.nameservers == ("192.0.2.1", "[2001:db8::1]:5353")
+    assert config.dns.upstreams == ("tls://192.0.2.9#dns.example", "https://dns.example/dns-query")
+    assert (config.dns.source, config.dns.encryption) == ("resolved", "opportunistic")
+    assert config.dns.route[0].domains == ("corp.example", "8.10.in-addr.arpa")
+    assert (config.dns.route[0].upstreams, config.dns.route[0].interface) == (("10.8.0.1:5353",), "tun0")
     assert config.dns.search == ("example.com",)
     assert config.pcap.file == tmp_path / "guests.pcapng"  # relative to the file
     assert config.pcap.max_size == 100 << 20
@@ -178,8 +190,23 @@ def test_auto_takes_the_network_it_is_given() -> None:
         ("[log]\nlevel = 'loud'", "DIR/n.toml:2: log.level: loud must be 'debug', 'info', 'warning' or 'error'"),
         ("[[publish]]\nx = 1", "DIR/n.toml:1: publish comes with a later version"),
         ("[proxy]\nx = 1", "DIR/n.toml:1: proxy comes with a later version"),
-        ("[dns]\n[[dns.route]]\nx = 1", "DIR/n.toml:2: dns.route comes with a later version"),
-        ("[dns.hosts]\na = '1.2.3.4'", "DIR/n.toml:1: dns.hosts comes with a later version"),
+        ("[dns]\nupstreams = ['192.0.2.1',\n'tls://x']", "DIR/n.toml:2: dns.upstreams[2]: tls://x must be the address"),
+        ("[dns]\nnameservers = ['tls://192.0.2.1']", "what has a :// goes into dns.upstreams"),
+        ("[dns]\nsource = 'dig'", "DIR/n.toml:2: dns.source: dig must be 'auto', 'resolved', "),
+        ("[dns]\n[[dns.route]]\nx = 1", "DIR/n.toml:2: dns.route[1].domains is missing"),
+        (
+            "[[dns.route]]\ndomains = ['a']\nupstreams = ['192.0.2.1']\nserver = 1",
+            "DIR/n.toml:4: unknown key 'server' in dns.route[1]; it takes domains, upstreams, interface",
+        ),
+        (
+            "[[dns.route]]\ndomains = ['a', 'b..c']\nupstreams = ['192.0.2.1']",
+            "DIR/n.toml:2: dns.route[1].domains[2]: b..c must be a domain",
+        ),
+        (
+            "[[dns.route]]\ndomains = []\nupstreams = ['192.0.2.1']",
+            "DIR/n.toml:2: dns.route[1].domains: [] must not be",
+        ),
+        ("[dns.route]\ndomains = ['a']", "must be a list of tables; write [[dns.route]]"),
         ("a =\n", "DIR/n.toml:1: not TOML: invalid value"),
         ("a = 1\nb = '''\nx", "DIR/n.toml:3: not TOML: "),
         ("[a]\n[a]", "DIR/n.toml:2: not TOML: "),
@@ -305,6 +332,9 @@ def test_what_changed() -> None:
         ("connect+tcp://localhost:1", {"scheme": "connect+tcp", "host": "localhost", "port": 1}),
         ("fd://3", {"scheme": "fd", "fd": 3}),
         ("vde:///run/n.ctl", {"scheme": "vde", "path": "/run/n.ctl"}),
+        ("tap://tap0?netns=/run/netns/g", {"scheme": "tap", "device": "tap0", "path": "/run/netns/g", "pid": 0}),
+        ("tap://tap0?netns=4711", {"scheme": "tap", "device": "tap0", "path": "", "pid": 4711, "fd": -1}),
+        ("tap://veth.0-a_b?fd=3", {"scheme": "tap", "device": "veth.0-a_b", "fd": 3}),
     ),
 )
 def test_link_uris(uri: str, fields: dict[str, Any]) -> None:
@@ -333,8 +363,16 @@ def test_link_uris(uri: str, fields: dict[str, Any]) -> None:
         ("fd://x", "the number of an open file descriptor"),
         ("fd://²", "the number of an open file descriptor"),
         ("fd://-1", "the number of an open file descriptor"),
-        ("tap://tap0", "are not supported yet"),
-        ("vhost-user:///v", "are not supported yet"),
+        ("tap://tap0", "say in which network namespace the tap is to be, as in tap://tap0?netns="),
+        ("tap://tap0?netns=", "say in which network namespace"),
+        ("tap://tap0?netns=guest", "netns is the number of a process or an absolute path"),
+        ("tap://tap0?netns=0", "netns is the number of a process or an absolute path"),
+        ("tap://tap0?fd=x", "write the number of an open file descriptor, as in tap://tap0?fd=3"),
+        ("tap://?netns=1", "write a device's name of at most 15 letters and digits"),
+        ("tap://a/b?netns=1", "write a device's name"),
+        ("tap://sixteen-letters-?netns=1", "write a device's name"),
+        ("tap:tap0?netns=1", "write a device's name"),
+        ("dgram:///v", "are not supported yet"),
         ("stdio:", "are not supported yet"),
         ("http://x", "unknown kind of link 'http'"),
     ),
@@ -353,13 +391,6 @@ def test_api_uris() -> None:
     for wrong in ("http://127.0.0.1:80", "127.0.0.1:80", "tcp://192.168.1.1:80", "tcp://127.0.0.1"):
         with pytest.raises(ConfigError):
             parse_api_uri(wrong)
-
-
-def test_nameserver_addresses() -> None:
-    assert split_nameserver("192.0.2.1") == ("192.0.2.1", 53)
-    assert split_nameserver("192.0.2.1:5353") == ("192.0.2.1", 5353)
-    assert split_nameserver("2001:db8::1") == ("2001:db8::1", 53)
-    assert split_nameserver("[2001:db8::1]:5353") == ("2001:db8::1", 5353)
 
 
 # ---- directories ---------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # In the order of --help. The value is a module in this package, whose `app` is the command or the group of commands.
-COMMANDS = {"run": "run", "qemu": "qemu", "status": "status", "pcap": "pcap", "doctor": "doctor"}
+COMMANDS = {name: name for name in ("run", "qemu", "exec", "status", "dns", "pcap", "doctor")}
 
 
 class LazyGroup(TyperGroup):

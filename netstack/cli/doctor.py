@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import resource
 import shutil
 import socket
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 PROGRAM_SECONDS = 10.0
+DBUS_SECONDS = 0.5  # systemd-resolved and NetworkManager answer within milliseconds
 MANY_FILES = 4096  # flows of a few busy guests; browsers hold some hundred each
 NEEDED_NETDEVS = ("stream", "dgram", "vde", "vhost-user")
 
@@ -90,16 +90,27 @@ def check_open_files() -> Check:
 
 def check_nameservers() -> Check:
     """Whom the gateway's DNS will ask."""
-    path = Path("/etc/resolv.conf")
-    mend = "Write a line such as `nameserver 192.0.2.1` into it, or name one in [dns] of the settings."
-    try:
-        text = path.read_text(errors="replace")
-    except OSError as error:
-        return Check("DNS", "failure", one_line(error), mend)
-    servers = re.findall(r"^[ \t]*nameserver[ \t]+(\S+)", text, re.MULTILINE)
-    if not servers:
-        return Check("DNS", "failure", f"{path} names no nameserver: guests resolve no names", mend)
-    return Check("DNS", "ok", f"{path} names {', '.join(servers)}")
+    import trio
+
+    from netstack.dns.follower import Follower
+    from netstack.dns.source_auto import HostSource
+
+    source = HostSource()
+    follower = Follower(source)
+
+    async def look() -> None:
+        with trio.move_on_after(DBUS_SECONDS):
+            await follower.run()
+
+    trio.run(look)
+    *some, rest = follower.table.describe()
+    if not rest["servers"] and not some:
+        mend = "Write a line such as `nameserver 192.0.2.1` into /etc/resolv.conf, or name upstreams in [dns]."
+        return Check("DNS", "failure", f"{source.why} names no nameserver: guests resolve no names", mend)
+    words = [f"{line['domain']} by {', '.join(line['servers'])}" for line in some[:3]]
+    words += [f"{len(some) - 3} more domains"] if len(some) > 3 else []
+    words.append(f"all other names by {', '.join(rest['servers']) or 'nobody'}" if some else ", ".join(rest["servers"]))
+    return Check("DNS", "ok", f"{source.why}: {'; '.join(words)}")
 
 
 def check_routes() -> Check:
@@ -212,6 +223,21 @@ def check_tun() -> Check:
     return Check("tap", "ok", "/dev/net/tun opens")
 
 
+def check_namespaces() -> Check:
+    """Whether `netstack exec` can make namespaces, and taps in them."""
+    if not sys.platform.startswith("linux"):
+        return Check("namespaces", "warning", "not on this system: no netstack exec", "Run a virtual machine instead.")
+    from netstack.host.namespaces import explain_refusal
+    from netstack.vde.namespace import NamespaceError, try_namespaces
+
+    try:
+        try_namespaces()
+    except NamespaceError as error:
+        refusal, _, mend = explain_refusal(error.code, error.step).partition("; ")
+        return Check("namespaces", "warning", f"{refusal}: no netstack exec", f"{mend}.")
+    return Check("namespaces", "ok", "netstack exec can make its own, with a tap")
+
+
 CHECKS: tuple[Callable[[], Check], ...] = (
     check_python,
     check_runtime_directory,
@@ -221,6 +247,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     check_routes,
     check_ping,
     check_tun,
+    check_namespaces,
     check_qemu,
     check_kvm,
 )

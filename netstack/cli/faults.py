@@ -61,6 +61,9 @@ INPUT_ERRNOS = {
 
 def what_to_do(error: OSError) -> str:
     """Advice to go behind the system's words, "" when there is none."""
+    mend: str | None = getattr(error, "mend", None)  # whoever raised it knew better (vde.namespace)
+    if mend is not None:
+        return f"; {mend}" if mend else ""
     advice = {
         errno.EACCES: "take a place where you may write",
         errno.EADDRINUSE: "end what listens there, or take another",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from netstack.cli.faults import CommandError, InputError, one_line
+from netstack.cli.client import ask_api
+from netstack.cli.faults import CommandError
 from netstack.cli.output import human_bytes, human_seconds, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
-TIMEOUT_SECONDS = 5.0
 SHOWN_FLOWS = 20
 
 
@@ -40,43 +39,6 @@ def status(
             show(state)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise CommandError("what answers is not netstack, or another version: see --json for its words") from None
-
-
-def ask_api(path: str, api: str | None = None, token_file: str | None = None) -> dict[str, Any]:
-    """GET `path` of a running netstack. Raises CommandError or InputError."""
-    from netstack.config import parse_api_uri, runtime_directory
-
-    spec = parse_api_uri(api or f"unix://{runtime_directory() / 'api.sock'}")
-    headers = {}
-    base = "http://netstack"
-    if not spec.path:
-        place = Path(token_file) if token_file else runtime_directory() / f"api-{spec.port}.token"
-        try:
-            headers["authorization"] = f"Bearer {place.read_text().strip()}"
-        except (OSError, ValueError) as error:  # ValueError: no text at all
-            words = one_line(error) if isinstance(error, OSError) else f"{place} holds no token"
-            raise InputError(f"{words}: name the API's token with --token-file") from None
-        base = f"http://[{spec.host}]:{spec.port}" if ":" in spec.host else f"http://{spec.host}:{spec.port}"
-    import httpx
-
-    # trust_env=False: a proxy for the world is none for this host's loopback.
-    transport = httpx.HTTPTransport(uds=spec.path or None, trust_env=False)
-    try:
-        with httpx.Client(transport=transport, timeout=TIMEOUT_SECONDS, headers=headers, trust_env=False) as client:
-            answer = client.get(base + path)
-            answer.raise_for_status()
-            document = answer.json()
-    except httpx.HTTPStatusError as error:
-        if error.response.status_code == 401:
-            raise CommandError(f"{spec.uri} refuses the token: it is another run's, look for the new one") from None
-        raise CommandError(f"{spec.uri}{path} answers {error.response.status_code}") from None
-    except httpx.ConnectError:
-        raise CommandError(f"nobody answers at {spec.uri}: start `netstack run`, or name its API with --api") from None
-    except (httpx.HTTPError, ValueError) as error:
-        raise CommandError(f"{spec.uri}: {one_line(error)}") from None
-    if not isinstance(document, dict):
-        raise CommandError(f"{spec.uri} does not speak netstack's API")
-    return document
 
 
 def show(state: Mapping[str, Any]) -> None:

@@ -32,10 +32,10 @@ from netstack.config.tables import (
     NetworkAddresses,
     NetworkTable,
     PcapTable,
+    RouteTable,
     StateTable,
     Table,
     check_mac,
-    split_nameserver,
     subnet6_beside,
 )
 from netstack.config.toml_lines import key_lines, line_of
@@ -52,7 +52,6 @@ __all__ = [
     "parse_api_uri",
     "parse_link_uri",
     "runtime_directory",
-    "split_nameserver",
     "state_directory",
     "subnet6_beside",
 ]
@@ -69,7 +68,7 @@ _FLAGS: Mapping[str, tuple[str, tuple[str, str]]] = {
     "state_dir": ("--state-dir", ("state", "dir")),
 }
 # In a file, a relative path is meant from where the file is: a service has no useful working directory.
-_PATHS = (("pcap", "file"), ("api", "token_file"), ("dns", "resolv_conf"), ("state", "dir"))
+_PATHS = (("pcap", "file"), ("api", "token_file"), ("dns", "resolv_conf"), ("dns", "hosts_file"), ("state", "dir"))
 _MAX_FILE = 1 << 20  # bytes; a megabyte of settings is somebody's disk image given by mistake
 _NO_API = "none"
 
@@ -279,6 +278,7 @@ _TABLES: Mapping[str, type[BaseModel]] = {
     "link": LinkTable,
     "guest": GuestTable,
     "dns": DnsTable,
+    "route": RouteTable,
     "pcap": PcapTable,
     "api": ApiTable,
     "limits": LimitsTable,

@@ -42,17 +42,19 @@ _WORDS: Mapping[str, str] = {
     "model_type": "must be a table",
     "path_type": "must be a path, in quotes",
     "string_type": "must be text, in quotes",
+    "too_short": "must not be empty",
     "tuple_type": "must be a list",
 }
-_ARRAYS_OF_TABLES = {("link",), ("guest",)}
+_ARRAYS_OF_TABLES = {("link",), ("guest",), ("dns", "route")}
 # Tables of the documented file that this version does not read yet. A plain "unknown key" would send people looking
 # for a typo.
-_LATER = {("publish",), ("proxy",), ("dns", "route"), ("dns", "hosts")}
+_LATER = {("publish",), ("proxy",)}
 
 
 def problem_of(error: ErrorDetails, known_keys: Sequence[str]) -> ConfigError:
     """One problem that pydantic found. `known_keys` are those of the table it stands in."""
-    kind, path = error["type"], error["loc"]
+    # "[key]": a key that is wrong in itself, in a table where users choose the keys.
+    kind, path = error["type"], tuple(part for part in error["loc"] if part != "[key]")
     if kind == "extra_forbidden":
         if path in _LATER:
             return ConfigError(
@@ -68,7 +70,7 @@ def problem_of(error: ErrorDetails, known_keys: Sequence[str]) -> ConfigError:
     context: Mapping[str, Any] = error.get("ctx", {})
     reason = str(context["error"]) if kind == "value_error" else _WORDS.get(kind, error["msg"]).format(**context)
     if kind == "tuple_type" and path in _ARRAYS_OF_TABLES:
-        reason = f"must be a list of tables; write [[{path[0]}]]"
+        reason = f"must be a list of tables; write [[{path_name(path)}]]"
     value = str(error["input"])
     if not reason.startswith(value):  # a URI's problem names the URI
         reason = f"{value if len(value) <= 60 else value[:57] + '...'} {reason}"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from netstack.config.host_names import HostNames
 from netstack.config.problems import ConfigError
 from netstack.config.uris import parse_api_uri, parse_link_uri
+from netstack.dns.routes import format_name, parse_name
+from netstack.dns.source_settings import parse_upstream
 
 AUTO = "auto"
 DEFAULT_SUBNET = IPv4Network("192.168.5.0/24")
@@ -99,22 +102,24 @@ def _check_domain(text: str) -> str:
     return text.removesuffix(".").lower()
 
 
+def _check_route_domain(text: str) -> str:
+    """A suffix of names: labels with an underscore are in use (_msdcs.corp.example), and "." is all names."""
+    labels = parse_name(text)
+    if labels is None or not text or not re.fullmatch(r"[A-Za-z0-9._-]+", text):
+        raise ValueError('must be a domain such as corp.example or 8.10.in-addr.arpa, or "." for all names')
+    return format_name(labels)
+
+
 def _check_nameserver(text: str) -> str:
-    split_nameserver(text)
+    if "://" in text:
+        raise ValueError("must be the address of a nameserver; what has a :// goes into dns.upstreams")
+    parse_upstream(text)
     return text
 
 
-def split_nameserver(text: str) -> tuple[str, int]:
-    """The address and port of 192.0.2.1, 192.0.2.1:5353, 2001:db8::1 or [2001:db8::1]:5353. Raises ValueError."""
-    match = re.fullmatch(r"\[([^\]]*)\]:([0-9]{1,5})|([0-9.]+):([0-9]{1,5})", text)
-    address, port = (match[1] or match[3], int(match[2] or match[4])) if match else (text, 53)
-    try:
-        ip_address(address)
-    except ValueError:
-        raise ValueError("must be the address of a nameserver, such as 192.0.2.1 or [2001:db8::1]:5353") from None
-    if not 1 <= port <= 65535:
-        raise ValueError(f"has the port {port}; ports are 1 to 65535")
-    return address, port
+def _check_upstream(text: str) -> str:
+    parse_upstream(text)
+    return text
 
 
 def _check_link(text: str) -> str:
@@ -147,11 +152,15 @@ Address6 = Annotated[str, AfterValidator(_check_address6)]
 Mac = Annotated[str, AfterValidator(check_mac)]
 GuestName = Annotated[str, AfterValidator(_check_name)]
 Domain = Annotated[str, AfterValidator(_check_domain)]
+RouteDomain = Annotated[str, AfterValidator(_check_route_domain)]
 Nameserver = Annotated[str, AfterValidator(_check_nameserver)]
+Upstream = Annotated[str, AfterValidator(_check_upstream)]
 LinkUri = Annotated[str, AfterValidator(_check_link)]
 ApiUri = Annotated[str, AfterValidator(_check_api)]
 Size = Annotated[int, BeforeValidator(_parse_size), Field(ge=0)]
 Mtu = Annotated[int, Field(ge=MIN_MTU, le=MAX_MTU)]
+# netstack.dns.source_auto.Kind
+DnsSource = Literal["auto", "resolved", "networkmanager", "resolv.conf", "scutil", "stub", "none"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
 
@@ -217,12 +226,32 @@ class GuestTable(Table):
     address6: Address6 | None = None
 
 
+class RouteTable(Table):
+    """[[dns.route]]."""
+
+    domains: Annotated[tuple[RouteDomain, ...], Field(min_length=1)]
+    upstreams: Annotated[tuple[Upstream, ...], Field(min_length=1)]
+    interface: str = ""  # empty: as the host routes
+
+
 class DnsTable(Table):
     """[dns]."""
 
-    nameservers: tuple[Nameserver, ...] = ()  # empty: those of resolv_conf
+    upstreams: tuple[Upstream, ...] = ()  # empty: the host's
+    nameservers: tuple[Nameserver, ...] = ()  # the older name of upstreams, for plain addresses
+    source: DnsSource = "auto"
+    encryption: Literal["strict", "opportunistic"] = "strict"
+    fallback: Literal["system", "none"] = "system"  # whom to ask where the host's nameservers are silent
+    route: tuple[RouteTable, ...] = ()
     resolv_conf: Path = Path("/etc/resolv.conf")
     search: tuple[Domain, ...] = ()
+    hosts: HostNames = {}
+    hosts_file: Path = Path("/etc/hosts")
+    hosts_loopback: Literal["gateway", "verbatim"] = "gateway"  # what loopback addresses in hosts_file mean to guests
+    mdns: bool = True
+    serve_stale: Annotated[int, Field(ge=0, le=604800)] = 0  # seconds; RFC 8767 5 suggests 1 to 3 days, 7 at most
+    lenient_aaaa: bool = False
+    log_queries: bool = False
 
 
 class PcapTable(Table):

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
+from netstack.control.dns_api import describe_dns_paths, dns_routes
 from netstack.control.log import Events
+from netstack.control.metrics import write_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from netstack.control.dns_api import DnsSource
     from netstack.control.log import Log
 
 BACKLOG = 64
@@ -43,6 +46,9 @@ class StatusSource(Protocol):
     """The part of a network that the API shows."""
 
     def statistics(self) -> Mapping[str, Any]: ...  # everything that is to be seen, ready for JSON
+
+    @property
+    def dns_view(self) -> DnsSource: ...
 
 
 class ApiError(Exception):
@@ -186,11 +192,15 @@ def make_app(network: StatusSource, token: str | None, log: Log | None = None) -
     """The ASGI application. With a `token`, every request must carry it."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
-    from starlette.responses import JSONResponse
+    from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
     async def status(request: Request) -> Response:
         return JSONResponse(network.statistics(), headers={"cache-control": "no-store"})
+
+    async def metrics(request: Request) -> Response:
+        body, content_type = write_metrics(network, request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type, "cache-control": "no-store"})
 
     async def openapi(request: Request) -> Response:
         return JSONResponse(_openapi(needs_token=token is not None))
@@ -206,7 +216,8 @@ def make_app(network: StatusSource, token: str | None, log: Log | None = None) -
 
     handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]]
     handlers = {HTTPException: refused, Exception: failed}
-    routes = [Route("/v1/status", status), Route("/openapi.json", openapi)]
+    routes = [Route("/v1/status", status), Route("/metrics", metrics), Route("/openapi.json", openapi)]
+    routes += dns_routes(network.dns_view)
     app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
     return app if token is None else _RequireToken(app, token)
 
@@ -250,6 +261,7 @@ async def _serve(app: ASGIApp, sock: socket.socket, *, task_status: trio.TaskSta
 
 def _import_server() -> None:
     import hypercorn.trio  # noqa: F401
+    import prometheus_client.exposition  # noqa: F401
     import starlette.applications
     import starlette.responses
     import starlette.routing  # noqa: F401
@@ -276,14 +288,16 @@ def _openapi(*, needs_token: bool) -> dict[str, Any]:
     from netstack.version import __version__
 
     answer = {
-        "description": "Links, guests, flows and counters",
+        "description": "What was asked for",
         "content": {"application/json": {"schema": {"type": "object"}}},
     }
     operation = {"summary": "What is running", "operationId": "getStatus", "responses": {"200": answer}}
+    text = {"description": "For Prometheus", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    metrics = {"summary": "The same as numbers", "operationId": "getMetrics", "responses": {"200": text}}
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "netstack", "version": __version__},
-        "paths": {"/v1/status": {"get": operation}},
+        "paths": {"/v1/status": {"get": operation}, "/metrics": {"get": metrics}, **describe_dns_paths(answer)},
     }
     if needs_token:
         document["components"] = {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
 
-from netstack.config import Config, split_nameserver
+from netstack.config import Config
+from netstack.control.log import Log
 from netstack.core.leases import LeaseTable
 from netstack.core.ports import Datagram, Events, HostSocket, TcpServiceCall
 from netstack.core.stack import Stack
-from netstack.dns.local import HOST_NAMES, LocalNames
-from netstack.dns.resolvconf import HostNameservers, Nameserver, ResolvConf
-from netstack.dns.server import PORT, DnsServer, RelayResolver
+from netstack.dns.follower import Follower
+from netstack.dns.mdns_guests import GROUPS, GuestMdns
+from netstack.dns.mdns_sockets import PORT as MDNS_PORT
+from netstack.dns.mnemonics import rcode_name, type_name
+from netstack.dns.query_log import Logged, format_guest
+from netstack.dns.resolver import Resolver
+from netstack.dns.routes import RoutingTable, format_name
+from netstack.dns.server import PORT, DnsServer
+from netstack.dns.source_auto import HostSource
+from netstack.dns.source_settings import user_scopes
 from netstack.dns.upstream import Upstream
-from netstack.gateway.services import DOMAIN
+from netstack.dns.upstream_system import System
+from netstack.gateway.dns_state import DnsView
+from netstack.gateway.local_names import LocalData
 
 if TYPE_CHECKING:
     from netstack.core.stack import TcpService
+
+# Routes of the log of queries that do not lead to a server.
+_OURSELVES = frozenset(("local", "mdns", "alias", ""))
 
 # Connections to one TCP service that may be open or opening.
 _CONNECTIONS = 1024
@@ -68,62 +79,114 @@ class DnsService:
         nursery: trio.Nursery,
         events: Events,
         on_search: Callable[[Sequence[str]], None],
+        log: Log,
     ) -> None:
-        """`on_search` is told the host's search domains whenever they change."""
+        """`on_search` is told the search domains for guests whenever they change; `log` gets queries, where asked."""
         addresses = stack.addresses
         self._stack = stack
-        self._leases = leases
-        self._configured: tuple[Nameserver, ...] = ()
-        self._search: Sequence[str] = ()
+        self._nursery = nursery
         self._on_search = on_search
-        self.host = HostNameservers(Path(config.dns.resolv_conf), addresses.own, time.monotonic, self._on_change)
-        both = (addresses.gateway, addresses.gateway6)
-        local = LocalNames(
-            DOMAIN,
-            dict.fromkeys(HOST_NAMES, both),
-            (addresses.subnet, addresses.subnet6),
-            self._find_guest,
-            self._find_name,
+        self._log = log
+        self._following = False
+        self._host = (config.dns.source, config.dns.resolv_conf)
+        self.source = HostSource(*self._host)
+        self.follower = Follower(
+            self.source,
+            addresses.own,
+            lambda error: events.warning("dns_follow", "internal error: a change of DNS was lost", error=repr(error)),
         )
-        self.server = DnsServer(RelayResolver(local, Upstream(self._nameservers)), nursery, self._reply, events=events)
+        self.local = LocalData(addresses, leases, config, nursery, events, lambda: self.follower.table)
+        self.resolver = Resolver(
+            Upstream(nursery, system=System() if config.dns.fallback == "system" else None),
+            (self.local,),
+            table=self.follower.table,
+            mdns=self.local.mdns,
+            aliases=self.local.names,
+            events=events,
+        )
+        # Until a query has gone to a server there is no circle, and nothing is sent on our own account.
+        self.resolver.guard.enabled = False
+        self.resolver.local_version = lambda: self.local.version
+        self._logs_queries = False
+        self.resolver.queries.on_query = self._on_query
+        self.follower.subscribe(self._on_table)
+        self.server = DnsServer(self.resolver, nursery, self._reply, flush=lambda link: link.flush(), events=events)
         where = (addresses.dns, addresses.gateway, addresses.dns6, addresses.gateway6, addresses.link_local)
         stack.register_udp(PORT, self.server.on_datagram, addresses=where)
-        service: TcpService = StreamService(nursery, lambda stream, call: self.server.serve_stream(stream, call.link))
+        service: TcpService = StreamService(nursery, self._serve_stream)
         stack.register_tcp(PORT, service, addresses=where)
+        self.guest_mdns = GuestMdns(self.local.mdns, nursery, self._send_mdns)
+        stack.register_udp(MDNS_PORT, self.guest_mdns.on_datagram, addresses=GROUPS)
+        self.view = DnsView(self)
         self.apply(config)
 
+    def start(self) -> None:
+        """Begin to follow the host's settings and files."""
+        self._following = True
+        self._nursery.start_soon(self.follower.run)
+        self._nursery.start_soon(self.local.run)
+
     def apply(self, config: Config) -> None:
-        """Take nameservers and search domains from the settings; where they name none, from the host."""
-        named = (Nameserver(*split_nameserver(text)) for text in config.dns.nameservers)
-        # Asking ourselves would go round for ever.
-        self._configured = tuple(server for server in named if server.packed() not in self._stack.addresses.own)
-        self._search = config.dns.search
-        self._on_search(self._search or self.host.current().search)
+        """Take what the settings say."""
+        dns = config.dns
+        if (dns.source, dns.resolv_conf) != self._host:
+            self._host = (dns.source, dns.resolv_conf)
+            self.source = HostSource(*self._host)
+            self.follower.set_source(self.source)
+        routes = ((route.domains, route.upstreams, route.interface) for route in dns.route)
+        opportunistic = dns.encryption == "opportunistic"
+        upstreams = (*dns.upstreams, *dns.nameservers)
+        self.follower.set_user_scopes(user_scopes(upstreams, routes, dns.search, opportunistic=opportunistic))
+        self.local.apply(config)
+        self.resolver.cache.max_stale = float(dns.serve_stale)
+        self.resolver.lenient_aaaa = dns.lenient_aaaa
+        self._logs_queries = dns.log_queries
+        if self.resolver.guard.enabled:
+            self.resolver.queries.on_query = self._log_query if dns.log_queries else None
+        self._on_search(self.follower.table.search)
 
-    def follow(self) -> None:
-        """Look whether the host's settings changed, though no guest asks: their search domains are in DHCP and RA."""
-        self.host.current()
+    def _on_table(self, was: RoutingTable, table: RoutingTable) -> None:
+        self.resolver.set_table(table)
+        self.local.mdns.flush()
+        if self._following and was.describe() != table.describe():
+            servers = ", ".join(map(str, table.servers()[:8])) or "none"
+            self._log.info("DNS upstreams changed", source=self.source.why, servers=servers)
+        if table.search != was.search:
+            self._on_search(table.search)
 
-    def _nameservers(self) -> Sequence[Nameserver]:
-        return self._configured or self.host.current().nameservers
-
-    def _on_change(self, found: ResolvConf) -> None:
-        if not self._search:
-            self._on_search(found.search)
+    async def _serve_stream(self, stream: trio.abc.Stream, call: TcpServiceCall) -> None:
+        await self.server.serve_stream(stream, call.link, call.guest)
 
     def _reply(self, datagram: Datagram, answer: bytes) -> None:
-        link = datagram.link
         self._stack.send_udp(
-            link, datagram.mac, datagram.dst, datagram.dst_port, datagram.src, datagram.src_port, answer
+            datagram.link, datagram.mac, datagram.dst, datagram.dst_port, datagram.src, datagram.src_port, answer
         )
-        link.flush()  # not within a round of the poller, perhaps
 
-    def _find_guest(self, label: str) -> Sequence[bytes] | None:
-        now = time.monotonic()
-        lease = self._leases.find_name(label, now)
-        return lease.addresses(now) if lease is not None else None
+    def _send_mdns(self, datagram: Datagram, answer: bytes, to_group: bool) -> None:
+        addresses = self._stack.addresses
+        is_ipv4 = len(datagram.src) == 4
+        src = addresses.gateway if is_ipv4 else addresses.link_local
+        dst = GROUPS[not is_ipv4] if to_group else datagram.src
+        # To the group, but in a frame for the one guest that asked.
+        self._stack.send_udp(datagram.link, datagram.mac, src, MDNS_PORT, dst, datagram.src_port, answer, ttl=255)
+        datagram.link.flush()
 
-    def _find_name(self, address: bytes) -> str | None:
-        now = time.monotonic()
-        lease = self._leases.find_address(address)
-        return lease.name or None if lease is not None and address in lease.addresses(now) else None
+    def _on_query(self, query: Logged) -> None:
+        """The first queries, until one has gone to a server."""
+        if query.route not in _OURSELVES:
+            self.resolver.start()
+            self.resolver.queries.on_query = self._log_query if self._logs_queries else None
+        if self._logs_queries:
+            self._log_query(query)
+
+    def _log_query(self, query: Logged) -> None:
+        self._log.info(
+            "DNS query",
+            guest=format_guest(query.guest),
+            name=format_name(query.name),
+            type=type_name(query.type),
+            rcode=rcode_name(query.rcode),
+            route=query.route,
+            cached=query.cached,
+            ms=round(query.seconds * 1000, 3),
+        )

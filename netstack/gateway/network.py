@@ -15,10 +15,12 @@ import trio
 from netstack.config import Config, parse_link_uri
 from netstack.control.log import Events, Log
 from netstack.core import lease_records
+from netstack.core.datagrams import DatagramFlow
 from netstack.core.leases import Lease, LeaseTable
 from netstack.core.ports import Handler
 from netstack.core.stack import Stack
 from netstack.core.tcp import TcpFlow
+from netstack.gateway.dns_state import DnsView
 from netstack.gateway.links import Links
 from netstack.gateway.names import DnsService
 from netstack.gateway.services import AddressServices, build_services, wall_clock
@@ -28,7 +30,7 @@ from netstack.host import state, subnets
 from netstack.host.poller import HostPoller
 from netstack.host.sockets import HostSockets
 from netstack.vde.attachment import Attachment, StreamListener
-from netstack.vde.link import BaseLink
+from netstack.vde.link import BaseLink, LinkPart
 from netstack.wire.ethernet import format_mac
 
 # How often the host's IPv6 default route is looked for: a small file to read, and guests may be late by that much.
@@ -48,8 +50,17 @@ _LEASE_LINES_INTERVAL = 10.0
 # What `reload` can change. The rest is built into the stack, its sockets or its files.
 _LIVE_SETTINGS = frozenset(
     (
+        "dns.encryption",
+        "dns.hosts",
+        "dns.serve_stale",
+        "dns.lenient_aaaa",
+        "dns.log_queries",
         "dns.nameservers",
+        "dns.resolv_conf",
+        "dns.route",
         "dns.search",
+        "dns.source",
+        "dns.upstreams",
         "guest",
         "limits.flows",
         "limits.flows_per_guest",
@@ -100,7 +111,7 @@ class Network:
             capture=self.capture,
             on_link=self.services.on_link,
         )
-        self.dns = DnsService(self.stack, self.leases, config, nursery, events, self.services.set_search)
+        self.dns = DnsService(self.stack, self.leases, config, nursery, events, self.services.set_search, log)
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
@@ -110,6 +121,7 @@ class Network:
         self._nursery.start_soon(self._run_timers)
         self._nursery.start_soon(self._run_route_watch)
         self._nursery.start_soon(self._run_refresh)
+        self.dns.start()
         if self.capture is not None:
             self._nursery.start_soon(self.capture.run)
         if self._lease_claim is not None:
@@ -215,11 +227,10 @@ class Network:
                 await trio.lowlevel.checkpoint()
 
     async def _run_route_watch(self) -> None:
-        """The host's way to the IPv6 world and its search domains change with its networks; guests are told."""
+        """The host's way to the IPv6 world changes with its networks; guests are told."""
         while True:
             await trio.sleep(_ROUTE_INTERVAL)
             self.services.set_router(subnets.has_ipv6_default_route(), time.monotonic())
-            self.dns.follow()
 
     async def _run_refresh(self) -> None:
         """Guests in the middle of a transfer are on the fast path, which notes nothing: look at each now and then."""
@@ -254,6 +265,10 @@ class Network:
             handler.abort(now, "internal error", tell_guest=True)
         elif isinstance(handler, BaseLink):
             handler.close("internal error")
+        elif isinstance(handler, LinkPart):
+            handler.link.close("internal error")
+        elif isinstance(handler, DatagramFlow):
+            handler.table.close(handler, now, "internal error")
 
     def _report(self, error: Exception, where: str) -> None:
         self.stack.counters.drop("internal_error")
@@ -329,6 +344,11 @@ class Network:
     def waiting_uris(self) -> list[str]:
         """The link URIs that have no guest now."""
         return [attachment.uri for attachment in self._attachments if not attachment.links]
+
+    @property
+    def dns_view(self) -> DnsView:
+        """DNS, as the API shows and changes it."""
+        return self.dns.view
 
     def statistics(self) -> dict[str, Any]:
         """What is running, as plain data that JSON takes: what `GET /v1/status` shows."""

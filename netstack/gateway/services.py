@@ -150,9 +150,16 @@ class AddressServices:
             )
 
     def set_search(self, search: Sequence[str]) -> None:
-        """Change the search domains that guests are told: the host's, then our own, in which guests have names."""
+        """Change the search domains that guests are told: the host's, then our own, in which guests have names.
+
+        Guests hear of it soon by a router advertisement, and by DHCP when they ask again.
+        """
         domains = (*(domain for domain in search if domain != DOMAIN), DOMAIN)
-        self.dhcp.search = self.dhcpv6.search = self.ndp.search = domains
+        if domains != tuple(self.ndp.search):
+            self.dhcp.search = self.dhcpv6.search = self.ndp.search = domains
+            now = time.monotonic()
+            self.ndp.announce(now)
+            self._rearm(now)
 
     def set_router(self, is_router: bool, now: float) -> None:
         """Whether the host has a route to the IPv6 world; guests hear of a change soon."""

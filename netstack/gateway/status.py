@@ -66,7 +66,14 @@ def statistics_of(network: Network) -> dict[str, Any]:
         | network.services.dhcp.counters
         | network.services.dhcpv6.counters
         | network.services.sntp.counters
-        | network.dns.server.counters,
+        | network.dns.view.counters(),
+        "dns": {
+            "cache_entries": len(network.dns.resolver.cache),
+            "cache_bytes": network.dns.resolver.cache.bytes,
+            "names": len(network.dns.local.names.added) + len(network.dns.local.names.configured),
+            "hosts_file_names": len(network.dns.local.hosts.table.addresses),
+            "scopes": len(network.dns.follower.table.scopes),
+        },
         "drops": dict(sorted(stack.counters.drops.items())),
     }
 

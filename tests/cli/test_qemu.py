@@ -33,15 +33,17 @@ def fake(tmp_path: Path) -> Path:
     return path
 
 
-def run_fake(tmp_path: Path, fake: Path, body: str, *arguments: str, version: str = "8.1.0") -> Shown:
+def run_fake(
+    tmp_path: Path, fake: Path, body: str, *arguments: str, version: str = "8.1.0", line: str = "-m 1G"
+) -> Shown:
     return subprocess.run(
-        [sys.executable, "-m", "netstack", "qemu", *arguments, "--", str(fake), "-m", "1G"],
+        [sys.executable, "-m", "netstack", "qemu", *arguments, "--", str(fake), *line.split()],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=SECONDS,
         check=False,
-        env=environment(tmp_path, FAKE_BODY=body, FAKE_VERSION=version),
+        env=environment(tmp_path, FAKE_BODY=body, FAKE_VERSION=version, TMPDIR=str(tmp_path)),
     )
 
 
@@ -52,10 +54,22 @@ def test_the_status_is_qemus(tmp_path: Path, fake: Path) -> None:
 
 
 def test_the_options_are_added(tmp_path: Path, fake: Path) -> None:
-    shown = run_fake(tmp_path, fake, "exit 0", "--mtu", "1400", "--mac", "52-54-00-00-00-0A").stdout
+    card = ("--mtu", "1400", "--mac", "52-54-00-00-00-0A")
+    shown = run_fake(tmp_path, fake, "exit 0", "--no-vhost-user", *card).stdout
     assert shown.startswith("-m 1G -netdev stream,id=netstack0,addr.type=fd,addr.str=")
     assert shown.endswith(" -device virtio-net-pci,netdev=netstack0,host_mtu=1400,mac=52:54:00:00:00:0a\n")
-    assert "-netdev socket,id=netstack0,fd=" in run_fake(tmp_path, fake, "exit 0", version="6.2.0").stdout
+    shown = run_fake(tmp_path, fake, "exit 0", "--no-vhost-user", version="6.2.0").stdout
+    assert "-netdev socket,id=netstack0,fd=" in shown
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux (vhost-user)")
+def test_the_guests_memory_is_shared_where_it_can_be(tmp_path: Path, fake: Path) -> None:
+    shown = run_fake(tmp_path, fake, "exit 0", "--mtu", "1400", "--mac", "52-54-00-00-00-0A").stdout
+    assert shown.startswith("-m 1G -object memory-backend-memfd,id=netstack-memory,share=on,size=1G -machine memory-")
+    assert "-netdev vhost-user,id=netstack0,chardev=netstack0" in shown
+    assert shown.endswith(",vectors=0,mac=52:54:00:00:00:0a\n")
+    shown = run_fake(tmp_path, fake, "exit 0", line="-m 1G -numa node,mem=1G").stdout
+    assert "-netdev stream,id=netstack0,addr.type=fd" in shown
 
 
 def test_qemu_gets_a_link_that_works(tmp_path: Path, fake: Path) -> None:
@@ -73,13 +87,15 @@ while b"\\x08\\x06\\x00\\x01\\x08\\x00\\x06\\x04\\x00\\x02" not in data:
     assert piece
     data += piece
 END"""
-    shown = run_fake(tmp_path, fake, body, "--subnet", "192.168.5.0/24")
+    shown = run_fake(tmp_path, fake, body, "--subnet", "192.168.5.0/24", "--no-vhost-user")
     assert (shown.returncode, shown.stderr) == (0, "")
 
 
 def test_the_link_ends_when_qemu_does_and_nothing_is_left(tmp_path: Path, fake: Path) -> None:
     run_fake(tmp_path, fake, "exit 0", "--api", f"unix://{tmp_path}/a.sock")
+    run_fake(tmp_path, fake, "exit 0", "--no-vhost-user", "--api", f"unix://{tmp_path}/a.sock")
     assert [path.name for path in tmp_path.rglob("*") if not path.is_dir()] == [fake.name]
+    assert not list(tmp_path.glob("netstack-*"))
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
@@ -115,10 +131,19 @@ def test_kvm_is_taken_only_where_it_works(
 
 
 @pytest.mark.needs("qemu-system-x86_64")
-def test_the_real_qemu_takes_the_options(tmp_path: Path) -> None:
-    program = ["qemu-system-x86_64", "-nodefaults", "-display", "none", "-S", "-monitor", "stdio"]
+@pytest.mark.parametrize(
+    ("options", "line", "kind"),
+    (
+        ([], "-M q35 -m 256", "vhost-user"),
+        ([], "", "vhost-user"),
+        ([], "-m 256M,slots=2,maxmem=1G", "stream"),
+        (["--no-vhost-user"], "-m 256", "stream"),
+    ),
+)
+def test_the_real_qemu_takes_the_options(tmp_path: Path, options: list[str], line: str, kind: str) -> None:
+    program = ["qemu-system-x86_64", "-nodefaults", "-display", "none", "-S", "-monitor", "stdio", *line.split()]
     shown = subprocess.run(
-        [sys.executable, "-m", "netstack", "qemu", "--", *program],
+        [sys.executable, "-m", "netstack", "qemu", *options, "--", *program],
         input="info network\nquit\n",
         capture_output=True,
         text=True,
@@ -128,7 +153,7 @@ def test_the_real_qemu_takes_the_options(tmp_path: Path) -> None:
     )
     assert shown.returncode == 0, shown.stderr
     assert "model=virtio-net-pci" in shown.stdout
-    assert "netstack0: index=0,type=" in shown.stdout
+    assert f"netstack0: index=0,type={kind}" in shown.stdout
     assert shown.stderr == ""
 
 

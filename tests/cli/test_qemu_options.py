@@ -6,7 +6,16 @@ import shlex
 
 import pytest
 
-from netstack.cli.qemu_options import network_options, parse_version, virtio_device, wants_kvm, with_kvm, without_kvm
+from netstack.cli.qemu_options import (
+    network_options,
+    parse_version,
+    shareable_memory,
+    vhost_user_options,
+    virtio_device,
+    wants_kvm,
+    with_kvm,
+    without_kvm,
+)
 
 
 def test_versions() -> None:
@@ -28,6 +37,49 @@ def test_the_network_card_by_version() -> None:
         old = network_options(line, 7, version, mac=None, host_mtu=65520)
         assert old[1] == "socket,id=netstack0,fd=7"
         assert old[3] == "virtio-net-pci,netdev=netstack0,host_mtu=65520"
+
+
+def test_the_network_card_in_shared_memory() -> None:
+    line = ["qemu-system-x86_64", "-m", "1G"]
+    options = vhost_user_options(line, "/tmp/a,b/s", "1G", mac=None, host_mtu=1500)
+    assert options == [
+        *("-object", "memory-backend-memfd,id=netstack-memory,share=on,size=1G"),
+        *("-machine", "memory-backend=netstack-memory"),
+        *("-chardev", "socket,id=netstack0,path=/tmp/a,,b/s"),
+        *("-netdev", "vhost-user,id=netstack0,chardev=netstack0"),
+        "-device",
+        "virtio-net-pci,netdev=netstack0,host_mtu=1500,rx_queue_size=1024,tx_queue_size=1024,vectors=0",
+    ]
+    with_mac = vhost_user_options([*line, "-enable-kvm"], "/s", "1G", mac="02::1", host_mtu=1500)
+    assert with_mac[-1].endswith("tx_queue_size=1024,mac=02::1"), "with KVM MSI-X works"
+
+
+@pytest.mark.parametrize(
+    ("line", "size"),
+    (
+        ("qemu-system-x86_64 -m 1G", "1G"),
+        ("/usr/bin/qemu-system-aarch64 -M virt -m 512", "512M"),
+        ("qemu-system-x86_64", "128M"),
+        ("kvm -m size=2g", "2g"),
+        ("qemu-system-x86_64 -m 1G --m 2048", "2048M"),
+        ("qemu-system-x86_64 -m 1.5G", None),
+        ("qemu-system-x86_64 -m 1G,slots=2,maxmem=4G", None),
+        ("qemu-system-x86_64 -m 0", None),
+        ("qemu-system-x86_64 -m 1G -numa node", None),
+        ("qemu-system-x86_64 -m 1G -mem-path /dev/hugepages", None),
+        ("qemu-system-x86_64 -m 1G -object memory-backend-ram,id=x,size=1G", None),
+        ("qemu-system-x86_64 -m 1G -machine q35,memory-backend=x", None),
+        ("qemu-system-x86_64 -M microvm", None),
+        ("qemu-system-x86_64 -M none", None),
+        ("qemu-system-s390x -m 1G", None),
+        ("qemu-system-ppc -m 1G", None),
+        ("qemu-system-x86_64 -readconfig vm.cfg", None),
+    ),
+)
+def test_memory_that_can_be_shared(line: str, size: str | None) -> None:
+    assert shareable_memory(line.split(), (7, 2)) == size
+    assert shareable_memory(line.split(), (4, 2)) is None
+    assert shareable_memory(line.split(), None) is None
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ class Source:
         self.answer: dict[str, Any] = {"version": "9", "guests": [{"name": "é"}]}
         self.fails = False
 
+    dns_view: Any = None  # tests/control/test_dns_api.py
+
     def statistics(self) -> Mapping[str, Any]:
         if self.fails:
             raise RuntimeError("a bug")

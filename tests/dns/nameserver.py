@@ -12,10 +12,12 @@ import dns.message
 import dns.rrset
 import trio
 
-from netstack.dns.resolvconf import Nameserver
+from netstack.dns.routes import Server
 
 # What it does with a query: gives the packets to send back, in order.
+# By TCP, None is for keeping the connection and saying nothing; an empty answer ends it.
 Behaviour = Callable[[bytes], Iterable[bytes]]
+TcpBehaviour = Callable[[bytes], Iterable[bytes] | None]
 
 
 def make_query(name: str = "www.example.test", kind: str = "A", ident: int = 0x1234, **settings: Any) -> bytes:
@@ -32,13 +34,18 @@ def make_answer(query: bytes, *records: str, rcode: int = 0, flags: int = 0) -> 
     for record in records:
         owner, ttl, class_, kind, data = record.split(maxsplit=4)
         answer.answer.append(dns.rrset.from_text(owner, int(ttl), class_, kind, data))
-    return answer.to_wire()
+    return answer.to_wire(max_size=65535)
 
 
 def address_of(query: bytes) -> bytes:
     """The usual answer."""
     name = dns.message.from_wire(query).question[0].name
     return make_answer(query, f"{name} 60 IN A 192.0.2.1")
+
+
+def is_probe(query: bytes) -> bool:
+    """Whether it is a question of netstack.dns.loops, by which a loop would be noticed."""
+    return query[12:13] == b"\x20" and query[45:] == b"\4test\0\0\x10\0\1"
 
 
 class TestNameserver:
@@ -48,19 +55,27 @@ class TestNameserver:
 
     def __init__(self, udp: trio.socket.SocketType, tcp: trio.SocketListener | None, behaviour: Behaviour) -> None:
         self.behaviour = behaviour
-        self.tcp_behaviour: Behaviour = lambda query: [address_of(query)]
+        self.tcp_behaviour: TcpBehaviour = lambda query: [address_of(query)]
         self.udp_queries: list[bytes] = []
+        self.probes: list[bytes] = []  # netstack.dns.loops: not by a guest
         self.udp_sources: list[int] = []
         self.tcp_queries: list[bytes] = []
+        self.connections = 0
         self.port = int(udp.getsockname()[1])
-        self.nameserver = Nameserver("127.0.0.1", self.port)
+        self.nameserver = Server("127.0.0.1", self.port)
         self._udp = udp
+        self._last: tuple[str, int] = ("", 0)
         self._tcp = tcp
+
+    async def answer_late(self, answer: bytes) -> None:
+        """Answer the last query by UDP."""
+        await self._udp.sendto(answer, self._last)
 
     async def serve_udp(self) -> None:
         while True:
             query, source = await self._udp.recvfrom(65535)
-            self.udp_queries.append(query)
+            self._last = source
+            (self.probes if is_probe(query) else self.udp_queries).append(query)
             self.udp_sources.append(source[1])
             for answer in self.behaviour(query):
                 with contextlib.suppress(OSError):
@@ -68,17 +83,21 @@ class TestNameserver:
 
     async def serve_tcp(self) -> None:
         if self._tcp is not None:
-            await trio.serve_listeners(self._serve_one, [self._tcp])
+            await trio.serve_listeners(self.serve_one, [self._tcp])
 
-    async def _serve_one(self, stream: trio.SocketStream) -> None:
+    async def serve_one(self, stream: trio.abc.Stream) -> None:
+        self.connections += 1
         data = b""
-        async for chunk in stream:
+        while chunk := await stream.receive_some(65536):
             data += chunk
             while len(data) >= 2 and len(data) >= 2 + int.from_bytes(data[:2], "big"):
                 end = 2 + int.from_bytes(data[:2], "big")
                 query, data = data[2:end], data[end:]
                 self.tcp_queries.append(query)
-                answers = list(self.tcp_behaviour(query))
+                found = self.tcp_behaviour(query)
+                if found is None:
+                    continue
+                answers = list(found)
                 for answer in answers:
                     await stream.send_all(len(answer).to_bytes(2, "big") + answer)
                 if not answers:

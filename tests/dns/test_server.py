@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 from netstack.core.ports import Datagram
 from netstack.dns import server as front
 from netstack.dns.local import LocalNames
-from netstack.dns.message import MAX_UDP
-from netstack.dns.server import DnsServer, RelayResolver
+from netstack.dns.message import MAX_UDP, Query
+from netstack.dns.resolver import Resolver
+from netstack.dns.routes import RoutingTable, Scope
+from netstack.dns.server import DnsServer
 from netstack.dns.upstream import Upstream
 from tests.dns.nameserver import TestNameserver, address_of, make_answer, make_query, open_nameserver
 
@@ -36,14 +38,28 @@ Answer = Callable[[bytes], Awaitable[bytes]]
 
 @dataclass
 class ScriptedResolver:
-    """Answers as a test says; keeps the queries."""
+    """Answers as a test says, later; keeps the queries."""
 
     answer: Answer
+    nursery: trio.Nursery
     queries: list[tuple[bytes, bool]] = field(default_factory=list)
+    at_once: bytes = b""
+    """What is known without asking, where a test says so."""
 
-    async def resolve(self, query: bytes, *, tcp: bool) -> bytes:
-        self.queries.append((query, tcp))
-        return await self.answer(query)
+    def remembered(self, wire: bytes, guest: bytes | str) -> bytes | None:
+        return None
+
+    def remember(self, query: Query, answer: bytes) -> None: ...
+
+    def known(self, query: Query) -> bytes | None:
+        return self.at_once or None
+
+    def resolve(self, query: Query, reply: Callable[[bytes], None]) -> None:
+        self.queries.append((query.wire, query.tcp))
+        self.nursery.start_soon(self._run, query.wire, reply)
+
+    async def _run(self, query: bytes, reply: Callable[[bytes], None]) -> None:
+        reply(await self.answer(query))
 
 
 async def at_once(query: bytes) -> bytes:
@@ -54,11 +70,12 @@ class Front:
     """A DnsServer whose guests are in this process."""
 
     def __init__(self, nursery: trio.Nursery, answer: Answer = at_once) -> None:
-        self.resolver = ScriptedResolver(answer)
+        self.resolver = ScriptedResolver(answer, nursery)
         self.nursery = nursery
         self.answers: list[tuple[Datagram, bytes]] = []
         self.warnings: list[str] = []
-        self.server = DnsServer(self.resolver, nursery, self._reply, events=self)
+        self.flushed: list[object] = []
+        self.server = DnsServer(self.resolver, nursery, self._reply, flush=self.flushed.append, events=self)
         self._answered = trio.Event()
 
     def _reply(self, datagram: Datagram, answer: bytes) -> None:
@@ -178,6 +195,17 @@ async def test_trailing_bytes_do_no_harm(nursery: trio.Nursery) -> None:
     assert (await Front(nursery, lambda query: at_once(make_query())).ask(make_query() + b"xyz"))[3] & 15 == 0
 
 
+async def test_what_is_known_is_answered_within_the_call(nursery: trio.Nursery) -> None:
+    it = Front(nursery)
+    it.resolver.at_once = address_of(make_query())
+    it.send(make_query())
+    assert [answer for _, answer in it.answers] == [it.resolver.at_once]
+    assert it.flushed == it.resolver.queries == []  # the batch that brought it flushes
+    it.resolver.at_once = b""
+    await it.ask(make_query())
+    assert it.flushed == ["link"]
+
+
 @pytest.mark.parametrize(
     ("size", "limit"), ((None, 512), (0, 512), (511, 512), (1232, 1232), (4096, MAX_UDP), (65535, MAX_UDP))
 )
@@ -185,27 +213,47 @@ async def test_answers_by_udp_have_the_size_that_the_guest_takes(
     nursery: trio.Nursery, size: int | None, limit: int
 ) -> None:
     query = make_query() if size is None else make_query(use_edns=0, payload=size)
-    long = address_of(query).ljust(limit, b"\0")
+    tail = 0 if size is None else 11
 
-    async def just_fits(sent: bytes) -> bytes:
+    async def answer(sent: bytes) -> bytes:
         return long
 
-    async def too_long(sent: bytes) -> bytes:
-        return long + b"\0"
+    def fill(length: int) -> bytes:
+        """An answer of this length."""
+        records = 3
+        text = length - len(make_answer(query)) - tail * (size is None) - 16 * records - 14
+        texts = [f'"{"x" * 200}"'] * (text // 201) + [f'"{"x" * (text % 201)}"']
+        made = make_answer(query, *(f"www.example.test. 60 IN A 192.0.2.{n}" for n in range(records)))
+        assert len(made) < length
+        data = b"".join(bytes((len(t) - 2,)) + t[1:-1].encode() for t in texts)
+        extra = length - len(made) - 12
+        data = (data + bytes(extra))[:extra]
+        record = b"\xc0\x0c\0\x10\0\1\0\0\0\x3c" + len(data).to_bytes(2, "big") + data
+        end = len(made) - tail
+        counts = made[:6] + (records + 1).to_bytes(2, "big") + made[8:12]
+        return counts + made[12:end] + record + made[end:]
 
-    assert await Front(nursery, just_fits).ask(query) == long
-    answer = dns.message.from_wire(await Front(nursery, too_long).ask(query))
-    assert answer.flags & dns.flags.TC
-    assert answer.question == dns.message.from_wire(query).question
-    assert not answer.answer
-    assert (answer.edns == 0) == (size is not None)
+    long = fill(limit)
+    assert len(long) == limit
+    assert await Front(nursery, answer).ask(query) == long
+    long = fill(limit + 1)
+    wire = await Front(nursery, answer).ask(query)
+    found = dns.message.from_wire(wire)
+    assert found.flags & dns.flags.TC
+    assert found.question == dns.message.from_wire(query).question
+    assert [len(rrset) for rrset in found.answer] == [3]  # whole records, as many as fit
+    assert (found.edns == 0) == (size is not None)
 
 
-async def test_a_bug_in_the_resolver_is_a_servfail_and_ends_nothing(nursery: trio.Nursery) -> None:
-    async def broken(query: bytes) -> bytes:
+@pytest.mark.parametrize("verb", ("known", "resolve"))
+async def test_a_bug_in_the_resolver_is_a_servfail_and_ends_nothing(
+    nursery: trio.Nursery, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> bytes:
         raise IndexError("a bug")
 
-    it = Front(nursery, broken)
+    monkeypatch.setattr(ScriptedResolver, verb, broken)
+    it = Front(nursery)
     for _ in range(2):
         assert (await it.ask(make_query()))[3] & 15 == dns.rcode.SERVFAIL
     assert it.warnings == ["dns_failed"] * 2
@@ -431,7 +479,7 @@ def test_any_bytes_are_survived(pieces: list[bytes], seed: int) -> None:
 
     async def run() -> None:
         async with trio.open_nursery() as nursery:
-            it = Front(nursery)
+            it = Front(nursery, echo)
             stream = it.connect()
             for piece in pieces:
                 query = bytearray(make_query(use_edns=0))
@@ -460,8 +508,9 @@ def test_any_bytes_are_survived(pieces: list[bytes], seed: int) -> None:
 
 def make_relay(nursery: trio.Nursery, nameserver: TestNameserver | None) -> Front:
     it = Front(nursery)
-    nameservers = () if nameserver is None else (nameserver.nameserver,)
-    it.server.resolver = RelayResolver(LOCAL, Upstream(lambda: nameservers))
+    servers = () if nameserver is None else (nameserver.nameserver,)
+    table = RoutingTable((Scope("host", servers, default=True),))
+    it.server.resolver = Resolver(Upstream(nursery), (LOCAL,), table=table)
     return it
 
 
@@ -482,13 +531,15 @@ async def test_the_relay(nursery: trio.Nursery) -> None:
         assert {sent[:2] for sent in await receive(stream, 2)} == {b"\0\1", b"\0\2"}
         assert len(nameserver.tcp_queries) == len(nameserver.udp_queries) == 1
         await stream.aclose()
+        nursery.cancel_scope.cancel()
 
 
 async def test_without_nameservers_the_answer_is_servfail(nursery: trio.Nursery) -> None:
     it = make_relay(nursery, None)
     assert (await ask_relay(it, make_query())).rcode() == dns.rcode.SERVFAIL
     assert (await ask_relay(it, make_query("host.netstack.internal"))).rcode() == dns.rcode.NOERROR
-    assert it.server.counters["dns_servfail"] == 1
+    assert isinstance(it.server.resolver, Resolver)
+    assert it.server.resolver.counters["dns_servfail"] == 1
 
 
 async def test_a_truncated_answer_is_fetched_by_tcp(nursery: trio.Nursery) -> None:
@@ -498,10 +549,12 @@ async def test_a_truncated_answer_is_fetched_by_tcp(nursery: trio.Nursery) -> No
         it = make_relay(nursery, nameserver)
         answer = await ask_relay(it, make_query("big.test"))
         assert answer.flags & dns.flags.TC
+        assert len(answer.answer[0]) == 30  # 512 bytes
         stream = it.connect()
         await stream.send_all(framed(make_query("big.test")))
         assert len(dns.message.from_wire((await receive(stream, 1))[0]).answer[0]) == 200
         await stream.aclose()
+        assert len(nameserver.tcp_queries) == 1
 
 
 @pytest.mark.needs("dnsmasq")

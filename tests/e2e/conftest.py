@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.lab.guest import Guest, Nic, find_qemu, stream_nic, vde_nic
+from tests.lab.guest import Guest, Nic, find_qemu, stream_nic, vde_nic, vhost_user_nic
 from tests.lab.initramfs import LabUnavailableError, build_initramfs, find_kernel
 from tests.lab.namespaces import FAR4, FAR6, TapNamespace, World, check_namespaces
 from tests.lab.netstack import Netstack
@@ -89,10 +89,14 @@ class Lab:
 
     def link(self, kind: str) -> str:
         """The link's URI."""
+        if kind == "vhost-user":
+            return f"vhost-user://{self.socket}"
         return f"unix://{self.socket}" if kind == "stream" else f"vde://{self.switch}"
 
     def nic(self, kind: str, number: int) -> Nic:
         """The card of guest `number`, on the link of that kind."""
+        if kind == "vhost-user":
+            return vhost_user_nic(self.socket, MACS[number])
         return stream_nic(self.socket, MACS[number]) if kind == "stream" else vde_nic(self.switch, MACS[number])
 
     def netstack(

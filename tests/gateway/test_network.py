@@ -14,7 +14,10 @@ import trio
 
 import netstack
 from netstack.control.log import Log
+from netstack.core.udp import UdpFlow
 from netstack.host import state
+from tests.dns.nameserver import open_nameserver
+from tests.fakes import FakeLink
 
 MAC = bytes.fromhex("525400123456")
 SECONDS = 10.0  # a deadline, never a time that is waited
@@ -97,10 +100,10 @@ async def test_what_a_reload_cannot_change_is_told_each_time(tmp_path: Path) -> 
             network={"subnet": "10.98.7.0/24"},
             state={"dir": tmp_path / "state"},
             log={"level": "error", "format": "json"},
-            dns={"nameservers": ["192.0.2.1"], "resolv_conf": "/gone"},
+            dns={"nameservers": ["192.0.2.1"], "hosts_file": "/gone"},
         )
         for _ in range(2):
-            assert sorted(network.reload(fresh)) == ["dns.resolv_conf", "log.format"]
+            assert sorted(network.reload(fresh)) == ["dns.hosts_file", "log.format"]
         assert network.config.dns.nameservers == ("192.0.2.1",)
 
 
@@ -125,3 +128,31 @@ async def test_a_refused_start_leaves_an_old_capture_as_it_was(tmp_path: Path) -
 
 def _refuse(config: netstack.Config, log: Log) -> None:
     raise netstack.ConfigError("taken")
+
+
+async def test_no_nameserver_is_asked_before_a_guest_asks(tmp_path: Path) -> None:
+    async with open_nameserver() as server:
+        table = {"source": "none", "upstreams": [f"127.0.0.1:{server.port}"], "mdns": False}
+        config = netstack.Config(network={"subnet": "10.98.7.0/24"}, dns=table)
+        async with netstack.open_network(config, log=Log("error")) as network:
+            network.reload(config.model_copy(update={"dns": config.dns.model_copy(update={"search": ("x.example",)})}))
+            await network.dns_view.query("localhost")
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            assert server.probes == server.udp_queries == server.tcp_queries == []
+            await network.dns_view.query("www.example.com")
+            assert len(server.tcp_queries) == 1
+            # And then one that finds out whether queries go in a circle.
+            with trio.fail_after(2):
+                while not server.probes:  # noqa: ASYNC110 - nobody can tell us
+                    await trio.sleep(0.01)
+
+
+async def test_a_bug_in_a_datagram_flow_ends_that_flow(tmp_path: Path) -> None:
+    """It would stay readable, and be found ready again and again."""
+    async with netstack.open_network(settings(tmp_path), log=Log("error", stream=io.StringIO())) as network:
+        table = network.stack.udp
+        flow = UdpFlow(table, FakeLink(), MAC, bytes((10, 98, 7, 15)), 40000)
+        assert table.add(flow, bytes((10, 98, 7, 2)), 9, b"", time.monotonic())
+        network._on_crash(flow, RuntimeError("a bug"))
+        assert flow.closed
+        assert network.stack.counters.drops["internal_error"] == 1

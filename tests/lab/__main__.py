@@ -2,6 +2,7 @@
 
     python -m tests.lab                             a Debian kernel on QEMU's stream socket
     python -m tests.lab --link vde --guests 2       two of them on a VDE switch
+    python -m tests.lab --link vhost-user           one that shares its memory
     python -m tests.lab -- --mtu 1500 --pcap a.pcapng --log-level debug      what follows `--` is for `netstack run`
 
 Nothing that happens in it leaves this machine. docs/lab.md tells more.
@@ -14,13 +15,20 @@ import contextlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.lab.guest import Guest, GuestError, stream_nic, vde_nic
+from tests.lab.guest import Guest, GuestError, Nic, stream_nic, vde_nic, vhost_user_nic
 from tests.lab.initramfs import LabUnavailableError
 from tests.lab.namespaces import FAR4, FAR6, HOST4, World
 from tests.lab.netstack import Netstack
 from tests.lab.servers import Resolver, Servers
+
+KINDS: dict[str, tuple[str, Callable[[Path, str], Nic]]] = {
+    "stream": ("unix", stream_nic),
+    "vde": ("vde", vde_nic),
+    "vhost-user": ("vhost-user", vhost_user_nic),
+}
 
 HELP = f"""\
 A line is a command for the first guest; `2 COMMAND` goes to the second one; `!COMMAND` runs on the host's side.
@@ -32,7 +40,7 @@ A line is a command for the first guest; `2 COMMAND` goes to the second one; `!C
 def main() -> None:
     """Build it all, take commands, clear it all away."""
     parser = argparse.ArgumentParser(prog="python -m tests.lab", description="boot guests behind netstack and use them")
-    parser.add_argument("--link", choices=("stream", "vde"), default="stream", help="default: stream")
+    parser.add_argument("--link", choices=tuple(KINDS), default="stream", help="default: stream")
     parser.add_argument("--guests", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument("--folder", type=Path, help="where logs and pcaps go (default: a new one under /tmp)")
     parser.add_argument("run", nargs="*", metavar="OPTION", help="after --: options of `netstack run`")
@@ -53,13 +61,13 @@ def play(stack: contextlib.ExitStack, folder: Path, kind: str, count: int, run: 
     stack.enter_context(Servers(world.far, FAR4, FAR6))
     stack.enter_context(Resolver(world.host, world.folder))
     place = world.folder / "link"
-    uri = f"unix://{place}" if kind == "stream" else f"vde://{place}"
+    scheme, make_nic = KINDS[kind]
+    uri = f"{scheme}://{place}"
     netstack = stack.enter_context(Netstack(world.host, folder, links=[uri], arguments=run))
     guests = []
     for number in range(1, count + 1):
         mac = f"52:54:00:12:34:{number:02x}"
-        nic = stream_nic(place, mac) if kind == "stream" else vde_nic(place, mac)
-        guest = stack.enter_context(Guest([nic], folder / f"guest{number}", capture=65535))
+        guest = stack.enter_context(Guest([make_nic(place, mac)], folder / f"guest{number}", capture=65535))
         print(f"guest {number} has {guest.configure()['ip']}")
         guests.append(guest)
     print(HELP, end="")

@@ -215,6 +215,8 @@ class World:
         self.resolv_conf = self.folder / "resolv.conf"
         self.resolv_conf.write_text("nameserver 127.0.0.53\nsearch example.test\n")
         self.host.bind_file("/etc/resolv.conf", self.resolv_conf)
+        # The machine's own D-Bus would tell whom the machine's systemd-resolved asks, out there.
+        self.host.run("sh", "-c", "[ ! -d /run/dbus ] || mount -t tmpfs tmpfs /run/dbus")
 
     def allow_ping(self, allowed: bool) -> None:
         """Let the host's processes open ping sockets, or forbid it as some distributions do."""

@@ -109,16 +109,18 @@ def frame(data: bytes) -> bytes:
 class Net:
     """A world, a netstack in it, and its guests."""
 
-    def __init__(self, stack: contextlib.ExitStack, *, log_level: str = "info") -> None:
+    def __init__(self, stack: contextlib.ExitStack, *, log_level: str = "info", taps: int = 0) -> None:
+        """`taps`: so many further guests, whose taps netstack makes itself, with offload."""
         self.stack = stack
         self.world = stack.enter_context(World())
         self.world.check_isolation()
         self.socket: Path = self.world.folder / "qemu.sock"
+        self.taps = [stack.enter_context(Namespace(f"tap{number}", inside=self.host)) for number in range(taps)]
         self.netstack = stack.enter_context(
             Netstack(
                 self.world.host,
                 self.world.folder / "n",
-                links=[f"unix://{self.socket}"],
+                links=[f"unix://{self.socket}", *(f"tap://tap0?netns={each.path}" for each in self.taps)],
                 arguments=["--log-level", log_level],
             )
         )
@@ -143,7 +145,7 @@ class Net:
 
     @contextlib.contextmanager
     def pair(
-        self, guest: TapNamespace, address: str, *, receive_buffer: int = 0
+        self, guest: Namespace, address: str, *, receive_buffer: int = 0
     ) -> Iterator[tuple[socket.socket, socket.socket]]:
         """The two ends of one connection of a guest: its own, and the host's."""
         with listen(self.host, address) as listener:
