@@ -287,9 +287,10 @@ class Resolver:
         if program is None:
             raise LabUnavailableError("no dnsmasq; install it with: sudo apt-get install dnsmasq-base")
         self._log = (folder / f"dnsmasq-{address}.log").open("w")
-        # With --no-daemon it stays the user that it is, as in a user namespace of one user it must.
+        # It stays the user that it is, as in a user namespace of one user it must. Not by --no-daemon: that serves TCP
+        # without a process for each connection, and nobody else is answered while one that we keep is open.
         self._process = namespace.popen(
-            program, "--no-daemon", "--conf-file=/dev/null", "--pid-file=",
+            program, "--keep-in-foreground", "--user=", "--conf-file=/dev/null", "--pid-file=",
             "--bind-interfaces", f"--listen-address={address}", "--no-resolv", "--no-hosts", "--log-facility=-",
             "--log-queries", "--local=/example.test/", "--local-ttl=60",
             f"--host-record=www.example.test,{www},{HOST6}", f"--host-record=v4only.example.test,{HOST4}",
