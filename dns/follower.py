@@ -11,6 +11,7 @@ what can be read at once, so that the first query of the first guest has somebod
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 import trio
 
@@ -110,4 +111,4 @@ class Follower:
 
 
 def _without_search(scope: Scope) -> Scope:
-    return Scope(scope.key, scope.servers, scope.domains, (), scope.default, scope.source, scope.rank)
+    return replace(scope, search=())

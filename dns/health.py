@@ -44,7 +44,7 @@ class Health:
     clear_until: float = 0.0
     """Until then it is asked unencrypted, where that is allowed: its TLS failed."""
     looping: bool = False
-    """What is sent there comes back from a guest or the host: it is not asked at all."""
+    """What is sent there comes back from a guest or the host: it is not asked at all (netstack.dns.loops)."""
     queries: int = 0
     answers: int = 0
 

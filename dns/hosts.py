@@ -40,6 +40,7 @@ from typing import Any, Final
 import trio
 
 from netstack.dns.answers import AnswerWriter, to_labels
+from netstack.dns.files import open_plain
 from netstack.dns.message import CLASS_IN, TYPE_ANY, Question
 from netstack.dns.reverse import parse_reverse
 
@@ -171,7 +172,10 @@ class HostsFile:
 
     def find(self, labels: tuple[bytes, ...]) -> Sequence[bytes] | None:
         """The packed addresses of a name as guests see them, maybe none; None when it is not in the file."""
-        found = self.table.addresses.get(b".".join(labels))
+        name = b".".join(labels)
+        found = self.table.addresses.get(name)
+        if found is not None and name.count(b".") >= len(labels):
+            return None  # a dot within a label is none between two
         loopback = self.loopback
         if not found or loopback is None:
             return found
@@ -219,7 +223,7 @@ class HostsFile:
         """Read and parse, in a thread; no table for the bytes with this digest; words when it cannot be done."""
         began = time.monotonic()
         try:
-            with self.path.open("rb") as file:
+            with open_plain(self.path) as file:
                 data = file.read(MAX_SIZE)
         except OSError as error:
             return f"{self.path}: {error.strerror}"

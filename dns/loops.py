@@ -2,8 +2,9 @@
 
 It happens when the host's resolver forwards to a guest, and that guest to the gateway: each setting is sensible by
 itself. So each server is sent a question that nobody else can know, `<random>.test TXT` (as dnsmasq's dns-loop-detect),
-when it is new; if that arrives here from a guest, the server is not asked any more until the host's network changes.
-Servers at addresses of the gateway itself are left out by `routes`.
+when it is new; if that arrives here from a guest, the server is not asked any more until the host's network changes,
+and then is sent another. All others are sent one only: hosts change their settings often, and servers do not. It goes
+by the transport that queries go by. Servers at addresses of the gateway itself are left out by `routes`.
 
 `.test` is never delegated (RFC 6761 6.2), so that no resolver on the way learns more than a random number.
 """
@@ -35,18 +36,23 @@ class LoopGuard:
         self._upstream = upstream
         self._events = events
         self._probes: dict[bytes, Server] = {}
+        self._probed: set[Server] = set()
         self.counters: Counter[str] = upstream.counters
         self.enabled = True
         """Whether anything is sent. A network that serves nobody yet asks nobody."""
 
     def probe(self, servers: Iterable[Server]) -> None:
-        """Ask each of these once, without waiting."""
-        for server in servers if self.enabled else ():
+        """These are all servers there are: ask those that are new, and those that led back to us, without waiting."""
+        if not self.enabled:
+            return
+        servers = tuple(servers)
+        self._probed.intersection_update(servers)
+        for server in servers:
             # One loops through TLS only on purpose.
-            asked = server in self._probes.values()
-            if server.transport in ("udp", "tcp") and not asked and len(self._probes) < _MAX_PROBES:
+            if server.transport in ("udp", "tcp") and server not in self._probed and len(self._probes) < _MAX_PROBES:
                 label = secrets.token_hex(16).encode()
                 self._probes[label] = server
+                self._probed.add(server)
                 self._upstream.nursery.start_soon(self._ask, label, server)
 
     async def _ask(self, label: bytes, server: Server) -> None:
@@ -66,6 +72,7 @@ class LoopGuard:
         server = self._probes.pop(question.labels[0], None)
         if server is None:
             return False
+        self._probed.discard(server)
         self._upstream.health.of(server).looping = True
         self.counters["dns_loops"] += 1
         if self._events is not None:

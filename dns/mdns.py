@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import struct
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -63,6 +64,7 @@ MAX_TTL: Final = 10  # RFC 6762 6.7
 NEGATIVE_TTL: Final = 5
 
 MAX_EXCHANGES: Final = 32  # each has a handful of sockets
+MAX_OF_GUEST: Final = 8  # of these
 MAX_KEPT: Final = 512
 MAX_RECORDS: Final = 64
 MAX_SIZE: Final = 16 << 10  # bytes of their data
@@ -132,9 +134,13 @@ class _Exchange:
                 target = read_name(message, record.at)
                 if target is not None:
                     names.add(tuple(label.lower() for label in target[0]))
+        count = 0
         for record in records:
             if record.labels not in names or record.class_ & _CLASS != CLASS_IN or not record.ttl:
                 continue  # a TTL of zero says goodbye (RFC 6762 10.1)
+            count += 1
+            if count > MAX_RECORDS:
+                break  # to read the names in their data takes time
             if record.type == _TYPE_NSEC:
                 self._on_nsec(message, record)
                 continue
@@ -176,11 +182,15 @@ class Mdns:
     is_routed: Callable[[Labels], bool] = lambda labels: False
     interfaces: Callable[[], list[Interface]] = list_interfaces
     enabled: bool = True
-    counters: dict[str, int] = field(default_factory=lambda: {"mdns_queries": 0, "mdns_replies": 0, "mdns_refused": 0})
+    counters: dict[str, int] = field(
+        default_factory=lambda: {"mdns_queries": 0, "mdns_replies": 0, "mdns_refused": 0, "mdns_failed": 0}
+    )
     _running: dict[tuple[Labels, tuple[int, ...]], _Exchange] = field(init=False, default_factory=dict)
     _kept: dict[tuple[Labels, int], tuple[float, Found]] = field(init=False, default_factory=dict)
     _interfaces: list[Interface] = field(init=False, default_factory=list)
     _interfaces_until: float = field(init=False, default=float("-inf"))
+    _looking: trio.Lock = field(init=False, default_factory=trio.Lock)
+    _of_guest: Counter[object] = field(init=False, default_factory=Counter)
 
     def claims(self, question: Question) -> bool:
         """Whether a query is one for mDNS."""
@@ -191,9 +201,9 @@ class Mdns:
             return len(labels) > 1 and not self.is_routed(labels)
         return labels[-1:] == (b"arpa",) and is_link_local_reverse(labels) and not self.is_routed(labels)
 
-    async def answer(self, query: bytes, question: Question) -> bytes:
-        """Answer a query that is claimed. It takes two seconds at most."""
-        found = await self.lookup(question.labels, question.type)
+    async def answer(self, query: bytes, question: Question, guest: object = None) -> bytes:
+        """Answer a query that is claimed, of a guest or, with None, our own. It takes two seconds at most."""
+        found = await self.lookup(question.labels, question.type, guest)
         if found is None:
             return write_error(query, SERVFAIL)
         labels = question.labels
@@ -208,8 +218,8 @@ class Mdns:
             negative_ttl=NEGATIVE_TTL,
         )
 
-    async def lookup(self, labels: Labels, kind: int) -> Found | None:
-        """Find the records of one type of a name; None when too many names are being looked for."""
+    async def lookup(self, labels: Labels, kind: int, guest: object = None) -> Found | None:
+        """Find the records of one type of a name; None when too many names are being looked for, by all or a guest."""
         now = trio.current_time()
         kept = self._kept.get((labels, kind))
         if kept is not None and now < kept[0]:
@@ -217,11 +227,13 @@ class Mdns:
         types = _ADDRESSES if kind in _ADDRESSES else (kind,)
         exchange = self._running.get((labels, types))
         if exchange is None:
-            if len(self._running) >= MAX_EXCHANGES:
+            of_guest = self._of_guest[guest] if guest is not None else 0
+            if len(self._running) >= MAX_EXCHANGES or of_guest >= MAX_OF_GUEST:
                 self.counters["mdns_refused"] += 1
                 return None
             exchange = self._running[labels, types] = _Exchange(labels, types)
-            self.nursery.start_soon(self._run, exchange)
+            self._of_guest[guest] += 1
+            self.nursery.start_soon(self._run, exchange, guest)
         with trio.CancelScope() as patience:
             while not exchange.is_settled(kind):
                 if exchange.exists and patience.deadline == float("inf"):
@@ -245,16 +257,23 @@ class Mdns:
 
     # ---- on the wire -----------------------------------------------------------------------------------------------
 
-    async def _run(self, exchange: _Exchange) -> None:
+    async def _run(self, exchange: _Exchange, guest: object) -> None:
         self.counters["mdns_queries"] += 1
         try:
             with trio.move_on_after(DEADLINE), contextlib.ExitStack() as stack:
                 idents = {kind: secrets.randbits(16) for kind in exchange.types}
-                places = self._open(stack)
+                # Sockets to ask from, and where that is possible others that hear what is said to the group.
+                places = open_places(await self._list_interfaces(), stack)
                 if places:
                     await self._talk(exchange, places, idents)
+        except Exception:
+            # What goes wrong with one name must not end the network of all guests.
+            self.counters["mdns_failed"] += 1
         finally:
             exchange.over = True
+            self._of_guest[guest] -= 1
+            if not self._of_guest[guest]:
+                del self._of_guest[guest]
             self._running.pop((exchange.labels, exchange.types), None)
             exchange.tell()
 
@@ -296,12 +315,18 @@ class Mdns:
                 if all(exchange.is_settled(kind) for kind in exchange.types):
                     exchange_scope.cancel()
 
-    def _open(self, stack: contextlib.ExitStack) -> list[Place]:
-        """Sockets to ask from, and where that is possible others that hear what is said to the group."""
-        now = trio.current_time()
-        if now >= self._interfaces_until:
-            self._interfaces, self._interfaces_until = self.interfaces(), now + _INTERFACES_FOR
-        return open_places(self._interfaces, stack)
+    async def _list_interfaces(self) -> list[Interface]:
+        """The interfaces of these seconds. To find them takes milliseconds, which nobody else should wait for."""
+        async with self._looking:
+            now = trio.current_time()
+            if now >= self._interfaces_until:
+                try:
+                    self._interfaces = await trio.to_thread.run_sync(self.interfaces, abandon_on_cancel=True)
+                except OSError:  # out of descriptors, above all
+                    self._interfaces = []
+                    self.counters["mdns_failed"] += 1
+                self._interfaces_until = now + _INTERFACES_FOR
+            return self._interfaces
 
 
 def _write_query(labels: Labels, kind: int, ident: int) -> bytes:

@@ -87,6 +87,9 @@ class GuestMdns:
             payload = _write(labels, kind, b"\0\0" if to_group else ident, found, with_question=not to_group)
             self.counters["mdns_answers_to_guests"] += 1
             self.send(datagram, payload, to_group)
+        except Exception:
+            # What goes wrong with one question must not end the network of all guests.
+            self.counters["mdns_guest_failed"] += 1
         finally:
             self._asking[datagram.link] -= 1
             if not self._asking[datagram.link]:

@@ -122,6 +122,8 @@ class Query(NamedTuple):
     tcp: bool = False
     guest: bytes | str = b""
     """Who asked, for the log: an address, or the name of a link."""
+    link: object = None
+    """What tells guests apart for bounds, where the query is on its way: an address could be anybody's."""
 
     @property
     def dnssec_ok(self) -> bool:
@@ -249,11 +251,16 @@ def udp_limit(opt: Opt | None) -> int:
     return MIN_UDP if opt is None else min(max(opt.udp_size, MIN_UDP), MAX_UDP)
 
 
+def cut_text(text: str) -> str:
+    """The text of an extended error, as far as it is passed on: whole characters, since RFC 8914 2 wants UTF-8."""
+    return text.encode("utf-8", "replace")[:_MAX_TEXT].decode("utf-8", "ignore")
+
+
 def write_opt(opt: Opt, rcode: int = NOERROR, ede: Sequence[Ede] = ()) -> bytes:
     """The OPT record that answers an OPT: version 0, our own size, the DO bit copied (RFC 6891 7, RFC 3225 3)."""
     options = b""
     for code, text in ede:
-        data = code.to_bytes(2, "big") + text.encode("utf-8", "replace")[:_MAX_TEXT]
+        data = code.to_bytes(2, "big") + cut_text(text).encode()
         options += _OPTION.pack(OPTION_EDE, len(data)) + data
     ttl = rcode >> 4 << 24 | (0x8000 if opt.dnssec_ok else 0)
     return b"\0" + _RECORD_TAIL.pack(TYPE_OPT, MAX_UDP, ttl, len(options)) + options

@@ -48,7 +48,7 @@ from netstack.dns.message import (
     write_query,
 )
 from netstack.dns.replies import Reply, parse_reply
-from netstack.dns.routes import HOST_RANK, OPPORTUNISTIC, TRUST_AD, USE_VC, Scope, Server
+from netstack.dns.routes import HOST_RANK, OPPORTUNISTIC, TRUST_AD, USE_VC, Labels, Scope, Server
 from netstack.dns.upstream_system import SYSTEM
 from netstack.dns.upstream_udp import OUR_ERRORS, Exchange
 
@@ -170,7 +170,8 @@ class Race:
 
     def _plan(self, servers: list[Server]) -> Iterator[tuple[float, int, Server]]:
         system = self.upstream.system
-        last = system is not None and self.scope.rank >= HOST_RANK and system.can_tell(self.query.question)
+        question = self.query.question
+        last = system is not None and _may_ask_system(self.scope, question.labels) and system.can_tell(question)
         dead = all(self.upstream.health.of(server).dead_until > self.began_at for server in servers)
         if last and servers and dead:
             yield self.began_at, 0, SYSTEM
@@ -352,6 +353,17 @@ class Race:
         elif not self.why:
             self.why.append((EDE_NETWORK, "no nameserver for this name"))
         return Answer(b"", None, self.scope.key, "", tuple(self.why))
+
+
+def _may_ask_system(scope: Scope, labels: Labels) -> bool:
+    """Whether the system's resolver may be asked in place of a scope's servers.
+
+    Whom it asks is not ours to say. Of names that a scope claims, a VPN's above all, it may tell the home router, or
+    ask for them by mDNS as those in .local, and then have its "no such name" stand for that of the silent servers.
+    """
+    if scope.rank < HOST_RANK or labels[-1:] == (b"local",):
+        return False
+    return scope.system or not scope.claims(labels)
 
 
 def _in_the_clear(server: Server) -> Server:

@@ -49,6 +49,7 @@ from netstack.dns.message import (
     Ede,
     Query,
     Question,
+    cut_text,
     write_opt,
 )
 
@@ -116,7 +117,8 @@ class Reply:
     @property
     def size(self) -> int:
         """How many bytes it keeps."""
-        return len(self.body) + 2 * self._ttls.itemsize * len(self._ttls)
+        texts = sum(4 * len(text) for _, text in self.ede)  # as Python keeps them, at most
+        return len(self.body) + 2 * self._ttls.itemsize * len(self._ttls) + texts
 
     def write(self, query: Query, age: int = 0, *, stale_ttl: int | None = None, ede: Sequence[Ede] = ()) -> bytes:
         """The answer to a query with the same question, `age` seconds after the reply came.
@@ -268,7 +270,8 @@ def _read_ede(options: bytes) -> tuple[Ede, ...]:
         data = options[position + 4 : position + 4 + length]
         position += 4 + length
         if code == OPTION_EDE and len(data) == length >= 2:
-            found.append((int.from_bytes(data[:2], "big"), data[2:].decode("utf-8", "replace").rstrip("\0")))
+            text = data[2:].decode("utf-8", "replace").rstrip("\0")
+            found.append((int.from_bytes(data[:2], "big"), cut_text(text)))
     return tuple(found)
 
 
@@ -277,6 +280,7 @@ def _set_lifetime(reply: Reply, wire: bytes, question: Question, records: list[R
     answers, authorities, _ = reply.counts
     first_extra = answers + authorities
     start = question.end
+    body = reply.body
     reply.positive = reply.rcode == NOERROR and any(
         question.type in (record.type, TYPE_ANY) for record in records[:answers]
     )
@@ -296,11 +300,13 @@ def _set_lifetime(reply: Reply, wire: bytes, question: Question, records: list[R
             minimum = int.from_bytes(wire[record.end - 4 : record.end], "big")
             ttl = denial = min(ttl, 0 if minimum & 0x80000000 else minimum)
         # The same name is the same place, most often that of the question. Sets that are spelt in two ways keep theirs.
-        owner = wire[record.start]
+        # Looked up in the body: what was behind the OPT is not in the message where the record says.
+        at = record.start - start
+        owner = body[at]
         if owner >= 0xC0:
-            place = (owner & 0x3F) << 8 | wire[record.start + 1]
+            place = (owner & 0x3F) << 8 | body[at + 1]
         else:
-            place = owners.setdefault(wire[record.start : record.data - 10].lower(), record.start)
+            place = owners.setdefault(bytes(body[at : record.data - 10 - start]).lower(), record.start)
         # RFC 2181 5.2: the TTLs of a set are equal. Signatures go by what they sign (RFC 4034 3).
         key = (place, record.type, record.class_) if record.type != TYPE_RRSIG else (record.start, record.type, 0)
         known = smallest.get(key)

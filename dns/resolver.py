@@ -78,7 +78,7 @@ class Multicast(Protocol):
     """Names of the host's neighbors."""
 
     def claims(self, question: Question) -> bool: ...
-    async def answer(self, query: bytes, question: Question) -> bytes: ...
+    async def answer(self, query: bytes, question: Question, guest: object = None) -> bytes: ...
 
 
 class Aliases(Protocol):
@@ -135,8 +135,8 @@ class Resolver:
         """Says when what `local` answers has changed: by another number."""
         self.queries = QueryLog()
         self._answers = Answers()
-        self._hit: tuple[float, Logged] | None = None
-        """What known() found in the cache: until when it may be said again in the same words."""
+        self._hit: tuple[Query, float, Logged] | None = None
+        """For which query known() found what in the cache: until when it may be said again in the same words."""
         self._events = events
         self._clock = clock
         self._keys: dict[int, Keys] = {}
@@ -157,8 +157,10 @@ class Resolver:
 
     def remember(self, query: Query, answer: bytes) -> None:
         """The answer that known() just gave leaves in this form."""
-        if self._hit is not None:
-            until, logged = self._hit
+        hit, self._hit = self._hit, None
+        # Queries that the front turns away have answers too, but none of known().
+        if hit is not None and hit[0] is query:
+            _, until, logged = hit
             self._answers.keep(query.wire, answer, until, self.local_version(), logged)
 
     def known(self, query: Query) -> bytes | None:
@@ -190,7 +192,7 @@ class Resolver:
                 route = keys[0] if keys else ""
                 logged = self._note(query, route, answer, 0.0, cached=True)
                 if not entry.failures and now < entry.until:
-                    self._hit = min(entry.until, entry.at + entry.age(now) + 1), logged
+                    self._hit = query, min(entry.until, entry.at + entry.age(now) + 1), logged
                 return answer
         if not query.flags & RD:
             # RFC 1034 4.3.1: not to be asked of others. What nobody knows here is nobody's business.
@@ -296,7 +298,7 @@ class Resolver:
         """Ask whoever knows. None when another flight has taken over who waits."""
         query = flight.query
         if flight.keys == ("mdns",) and self.mdns is not None:
-            return await self.mdns.answer(query.wire, query.question)
+            return await self.mdns.answer(query.wire, query.question, query.link)
         if flight.keys == ("alias",) and self.aliases is not None:
             return await self.aliases.follow(query.wire, query.question, self.ask)
         if flight.stale is not None:

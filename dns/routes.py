@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 Transport = Literal["udp", "tcp", "tls", "https", "system"]
@@ -89,6 +90,12 @@ class Scope:
     """Where this was read, for people: "/etc/resolv.conf", "systemd-resolved, link tun0"."""
     rank: int = HOST_RANK
     """Of the scopes that match a name equally well, only those of the lowest rank are asked."""
+    system: bool = False
+    """Whether the system's resolver is known to send these names to these servers, and nowhere else."""
+
+    def claims(self, labels: Labels) -> bool:
+        """Whether one of its domains, the root among them, is a suffix of a name in lower case."""
+        return any(labels[len(labels) - len(suffix) :] == suffix for suffix in _suffixes(self.domains))
 
 
 class RoutingTable:
@@ -186,7 +193,13 @@ def _without_own(scope: Scope, own: Collection[bytes]) -> Scope:
     servers = tuple(dict.fromkeys(s for s in scope.servers if not own or s.packed() not in own))
     if servers == scope.servers:
         return scope
-    return Scope(scope.key, servers, scope.domains, scope.search, scope.default, scope.source, scope.rank)
+    return replace(scope, servers=servers)
+
+
+@lru_cache(maxsize=256)
+def _suffixes(domains: tuple[str, ...]) -> frozenset[Labels]:
+    """Domains as labels. Kept, because races ask for each query, and parsing a domain costs 2 us."""
+    return frozenset(labels for domain in domains if (labels := parse_name(domain)) is not None)
 
 
 def parse_name(text: str) -> Labels | None:
@@ -200,7 +213,8 @@ def parse_name(text: str) -> Labels | None:
             label = part.encode("ascii") if part.isascii() else part.lower().encode("idna")
         except UnicodeError:
             return None
-        if not 1 <= len(label) <= 63:
+        # Control characters: search domains go to guests and to terminals.
+        if not 1 <= len(label) <= 63 or not part.isprintable():
             return None
         labels.append(label.lower())
     if sum(len(label) + 1 for label in labels) >= 255:
@@ -209,8 +223,12 @@ def parse_name(text: str) -> Labels | None:
 
 
 def format_name(labels: Labels) -> str:
-    """A name as people write it, without the last dot; "." for the root."""
-    return b".".join(labels).decode("latin-1") or ROOT
+    """A name as people write it, without the last dot; "." for the root. A dot in a label is escaped (RFC 1035 5.1)."""
+    return b".".join(map(_escape, labels)).decode("latin-1") or ROOT
+
+
+def _escape(label: bytes) -> bytes:
+    return label if b"." not in label else label.replace(b"\\", b"\\\\").replace(b".", b"\\.")
 
 
 def clean_domain(text: str) -> str:

@@ -58,6 +58,12 @@ WRITE_TIMEOUT = 20.0
 # The longest query that is taken by TCP. Real ones are under 600 bytes; the peers' bound.
 MAX_TCP_QUERY = 4096
 
+# The longest answer that has room behind the two bytes of its length (RFC 1035 4.2.2).
+MAX_TCP_ANSWER = 65535
+
+# Queries of one chunk that are answered before others get a turn: some 600 fit into one.
+_QUERIES_AT_ONCE = 16
+
 
 class Resolver(Protocol):
     """Where answers come from. They may be of any length: the front truncates them for UDP."""
@@ -144,6 +150,7 @@ class DnsServer:
         if answer is None:
             assert isinstance(query, Query)  # anything else was answered
             if self._admit(datagram.link):
+                query = query._replace(link=datagram.link)
                 self._resolve(query, partial(self._on_answer, datagram, query))
                 return
             answer = _too_many(query)
@@ -264,6 +271,7 @@ class _Connection:
             if not chunk:
                 return
             received += chunk
+            count = 0
             while len(received) >= 2:
                 length = int.from_bytes(received[:2], "big")
                 if not HEADER_LENGTH <= length <= MAX_TCP_QUERY:
@@ -274,6 +282,9 @@ class _Connection:
                 wire = bytes(received[2 : 2 + length])
                 del received[: 2 + length]
                 await self._on_query(wire, nursery)
+                count += 1
+                if not count % _QUERIES_AT_ONCE:
+                    await trio.lowlevel.checkpoint()
 
     async def _on_query(self, wire: bytes, nursery: trio.Nursery) -> None:
         """Untrusted."""
@@ -285,23 +296,24 @@ class _Connection:
             assert isinstance(query, Query)  # anything else was answered
             if server._admit(self._guest):
                 self._in_flight += 1
-                server._resolve(query, partial(self._on_answer, nursery))
+                query = query._replace(link=self._guest)
+                server._resolve(query, partial(self._on_answer, nursery, query))
                 return
             answer = _too_many(query)
         if answer:
             # Sent from here: a guest that asks without reading is not read from either.
-            await self._send(answer)
+            await self._send(answer, query)
 
-    def _on_answer(self, nursery: trio.Nursery, answer: bytes) -> None:
+    def _on_answer(self, nursery: trio.Nursery, query: Query, answer: bytes) -> None:
         """The resolver has found out; the guest may have gone meanwhile."""
         if self._over:
             self._finish()
         else:
-            nursery.start_soon(self._send_late, answer, nursery.cancel_scope)
+            nursery.start_soon(self._send_late, answer, query, nursery.cancel_scope)
 
-    async def _send_late(self, answer: bytes, connection: trio.CancelScope) -> None:
+    async def _send_late(self, answer: bytes, query: Query, connection: trio.CancelScope) -> None:
         try:
-            await self._send(answer)
+            await self._send(answer, query)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             connection.cancel()
         finally:
@@ -314,8 +326,12 @@ class _Connection:
         if not self._in_flight:
             self._idle.set()
 
-    async def _send(self, answer: bytes) -> None:
+    async def _send(self, answer: bytes, query: Query | int | None) -> None:
         """Send one answer with its length, in one piece. Raises BrokenResourceError when the guest does not take it."""
+        if len(answer) > MAX_TCP_ANSWER and isinstance(query, Query):
+            # A nameserver's was as long as can be, and got an OPT of ours.
+            self._server.counters["dns_truncated"] += 1
+            answer = truncate(answer, query, MAX_TCP_ANSWER)
         async with self._sending:
             if not self._broken:
                 # Whatever cuts this short leaves half an answer behind, and nothing can follow that.

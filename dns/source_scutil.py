@@ -135,7 +135,9 @@ def _scopes_of(resolvers: Iterable[_Resolver], source: str) -> list[Scope]:
             key += f":{keys[key]}"
         where = f"{source}, {resolver.interface}" if resolver.interface else source
         search = tuple(resolver.search)
-        scopes.append(Scope(key, tuple(servers), (domain,) if domain else (), search, not domain, where))
+        # getaddrinfo asks the resolver that this is the configuration of.
+        scope = Scope(key, tuple(servers), (domain,) if domain else (), search, not domain, where, system=True)
+        scopes.append(scope)
     return scopes
 
 

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import trio
 
+from netstack.dns.files import open_plain
 from netstack.dns.routes import Scope
 
 # Changes have to be in use within 2 s; with the follower's debouncing this leaves half of it.
@@ -55,7 +56,7 @@ class WatchedFile:
             identity = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
             if identity == self._identity:
                 return None
-            with self.path.open("rb") as file:
+            with open_plain(self.path) as file:
                 data = file.read(self.max_size)
         except (OSError, ValueError):  # ValueError: a NUL in the path
             self._identity = None

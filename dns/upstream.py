@@ -9,6 +9,7 @@ Here live what all queries share: sockets, connections, and what is known of the
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import trio
 from netstack.dns.health import HealthTable
 from netstack.dns.message import EDE_NETWORK, NOERROR, NXDOMAIN, Query, parse_query, write_query
 from netstack.dns.race import DEADLINE, Answer, Race
-from netstack.dns.routes import Scope, Server
+from netstack.dns.routes import USE_VC, Scope, Server
 from netstack.dns.upstream_https import Https
 from netstack.dns.upstream_system import System
 from netstack.dns.upstream_tcp import Streams
@@ -46,7 +47,7 @@ class Upstream:
 
     def __post_init__(self) -> None:
         self.datagrams = Datagrams(self.nursery, self.counters)
-        self.streams = Streams(self.nursery, self.ca_file)
+        self.streams = Streams(self.nursery, self.counters, self.ca_file)
         self.https = Https(self.streams.tls_context)
 
     async def ask(self, query: Query | bytes, scopes: Sequence[Scope], *, tcp: bool | None = None) -> Answer:
@@ -75,10 +76,14 @@ class Upstream:
         return race
 
     async def probe(self, query: Query, scope: Scope) -> None:
-        """Send a query whose answer does not matter."""
+        """Send a query whose answer does not matter, as other queries of guests by UDP are sent."""
+        wire = write_query(query, edns=False)
         for server in scope.servers:
+            if server.transport == "tcp" or USE_VC in server.options:
+                with contextlib.suppress(OSError):
+                    await self.streams.ask(server._replace(transport="tcp"), wire, query.question)
+                continue
             try:
-                wire = write_query(query, edns=False)
                 exchange = self.datagrams.ask(server, wire, query.question, lambda *_: None, trio.current_time())
             except OSError:
                 continue

@@ -10,10 +10,13 @@ done when the first such server is asked.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+import trio
 
 from netstack.dns.message import Question, is_answer_to
 from netstack.dns.routes import OPPORTUNISTIC, Server
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 _MEDIA_TYPE = "application/dns-message"
 _MAX_MESSAGE = 65535
 _TIMEOUT = 4.0
+_CLOSE_TIMEOUT = 1.0
 
 
 class Https:
@@ -70,8 +74,12 @@ class Https:
 
     async def retain(self, servers: Collection[Server]) -> None:
         """Close the connections to all other servers."""
-        for server in [server for server in self._clients if server not in servers]:
-            await self._clients.pop(server).aclose()
+        # Taken out before anything is waited for: the network may change again meanwhile.
+        gone = [self._clients.pop(server) for server in list(self._clients) if server not in servers]
+        for client in gone:
+            # Nothing depends on how it ends, and this runs in a task of its own.
+            with trio.move_on_after(_CLOSE_TIMEOUT), contextlib.suppress(Exception):
+                await client.aclose()
 
     def _make_client(self, server: Server) -> httpx.AsyncClient:
         import httpx

@@ -2,8 +2,9 @@
 
 There are hosts where a program may not speak to nameservers itself: endpoint security and VPN filters let the system's
 resolver through and nobody else. There, and only there, the answer comes from here: when the host's nameservers are
-silent or cannot be reached, though the system can. It knows the host's routes as well as we do, so nothing goes where
-it would not go anyway; the user's own upstreams have no such substitute.
+silent or cannot be reached, though the system can. It is asked only for names that no scope claims by a suffix (a
+VPN's names must not be told to the home router), or where its routes are the very ones that we read (macOS); never for
+names in .local, which it may ask for by mDNS. The user's own upstreams have no such substitute.
 
 It is the last resort because it tells so little: addresses (A, AAAA) and names of addresses (PTR), no TTL, no other
 type, no DNSSEC, and one word for "no such name" and "no such address", which are told apart by asking for any address.

@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import secrets
 import socket
+from collections import Counter
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -73,12 +74,7 @@ class _Connection:
         try:
             await self._ready.wait()
             if self._error is None and self._stream is not None:
-                try:
-                    # In one piece: some servers read the length alone and give up (RFC 7766 8).
-                    async with self._sending:
-                        await self._stream.send_all(len(sent).to_bytes(2, "big") + sent)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    self.close(LostError(errno.ECONNRESET, "connection lost"))
+                await self._send(self._stream, len(sent).to_bytes(2, "big") + sent)
                 await done.wait()
             answer = self._answers.pop(ident, None)
         finally:
@@ -91,6 +87,21 @@ class _Connection:
             error = self._error or LostError(errno.ECONNRESET, "connection lost")
             raise type(error)(*error.args)
         return answer
+
+    async def _send(self, stream: trio.abc.Stream, message: bytes) -> None:
+        """Send a message with its length; whoever waits is told when that fails."""
+        async with self._sending:
+            if self.closed:
+                return
+            try:
+                # In one piece: some servers read the length alone and give up (RFC 7766 8).
+                await stream.send_all(message)
+            except BaseException as error:
+                # Also of a query that nobody wants any more: perhaps half of it is sent, and what others sent behind
+                # that would be taken for its rest.
+                self.close(LostError(errno.ECONNRESET, "connection lost"))
+                if not isinstance(error, (trio.BrokenResourceError, trio.ClosedResourceError)):
+                    raise
 
     def close(self, error: OSError) -> None:
         """End it: whoever waits is told."""
@@ -171,7 +182,7 @@ class _Connection:
         """Untrusted."""
         waiting = self.waiting.get(answer[:2])
         if waiting is None or not is_answer_to(answer, waiting[0], waiting[1]):
-            self._pool.mismatched += 1
+            self._pool.counters["dns_mismatched_replies"] += 1
             return
         self.used = True
         self._answers[answer[:2]] = answer
@@ -181,13 +192,13 @@ class _Connection:
 class Streams:
     """Asks by TCP and TLS. Its connections live in the nursery."""
 
-    def __init__(self, nursery: trio.Nursery, ca_file: str | None = None) -> None:
+    def __init__(self, nursery: trio.Nursery, counters: Counter[str], ca_file: str | None = None) -> None:
         """ca_file: certificates to trust in place of the host's."""
         self._nursery = nursery
+        self.counters = counters
         self._connections: dict[Server, list[_Connection]] = {}
         self._contexts: dict[bool, ssl.SSLContext] = {}
         self._ca_file = ca_file
-        self.mismatched = 0
 
     async def ask(self, server: Server, query: bytes, question: Question) -> bytes:
         """Give the answer to a query. Raises OSError."""

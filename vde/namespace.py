@@ -130,12 +130,15 @@ def send_error(sock: socket.socket, error: NamespaceError) -> None:
 def receive_tap(sock: socket.socket) -> int:
     """The other end of send_tap() and send_error()."""
     try:
-        message, fds, _, _ = socket.recv_fds(sock, 65536, 1)
+        # Not recv_fds(): its descriptors can be inherited, if only for an instant, and another thread may be forking.
+        room = socket.CMSG_LEN(struct.calcsize("i"))
+        message, ancillary, _, _ = sock.recvmsg(65536, room, socket.MSG_CMSG_CLOEXEC)
     except TimeoutError:
         raise NamespaceError(errno.ETIMEDOUT, "making a tap") from None
-    if fds:
-        os.set_inheritable(fds[0], False)
-        return fds[0]
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            (fd,) = struct.unpack("i", content)
+            return int(fd)
     try:
         said = json.loads(message)
         code, step = int(said["errno"]), str(said["step"])

@@ -114,7 +114,7 @@ class TapLink(BaseLink):
         os.set_blocking(fd, False)
         self.offload: Offload | None = offload
         self.mac = mac_of(fd)  # the guest's
-        self._file = io.FileIO(fd, "r+b")
+        self._file = io.FileIO(fd, "r+b", closefd=False)  # the descriptor is ours only if what follows succeeds
         self._fd = fd
         self._buffer = memoryview(bytearray(READ_BUFFER + _ROOM))
         self._out: deque[tuple[Buffer, ...]] = deque()
@@ -201,3 +201,4 @@ class TapLink(BaseLink):
         self._out.clear()
         self._poller.unregister(self._fd)
         self._file.close()
+        os.close(self._fd)

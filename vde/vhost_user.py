@@ -46,9 +46,11 @@ if TYPE_CHECKING:
 
 _SMALLEST = 14
 
-# Work of one wakeup: messages of the front-end; frames and bytes from the guest.
+# Work of one wakeup: messages of the front-end; frames, their pieces and bytes from the guest. Pieces of few bytes cost
+# as much as others: frames of 1,024 each would take a second and more.
 _MESSAGES = 32
 _FRAMES = 256
+_PIECES = 4096
 _BYTES = READ_BUFFER - MAX_FRAME - PREFIX
 
 # Up to here a frame is copied: the memory of a few pages costs less than the pieces it would be given on in.
@@ -241,13 +243,16 @@ class VhostUserLink(BaseLink):
         buffer = self._buffer
         done: list[int] = []
         spans: list[int] = []
-        at = total = 0
+        at = total = taken = 0
         scattered = False
         violation = ""
         try:
             for _ in range(count):
+                if taken >= _PIECES:
+                    break
                 chain, pieces = ring.take()
                 done.append(chain)
+                taken += len(pieces)
                 size = len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces))
                 if not smallest <= size <= MAX_FRAME + PREFIX:
                     raise ViolationError(f"a frame of {size} bytes: must be {smallest} to {MAX_FRAME + PREFIX}")
@@ -345,9 +350,12 @@ class VhostUserLink(BaseLink):
         while out:
             head, payload = out[0]
             if not buffers.write(head, payload):
-                return
+                break
             out.popleft()
             self.backlog -= len(head) if payload is None else len(head) + len(payload)
+        if buffers.misfits:
+            self.drops_to_guest += buffers.misfits
+            buffers.misfits = 0
 
     def _forget_out(self) -> None:
         self._out.clear()

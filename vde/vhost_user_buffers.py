@@ -40,16 +40,20 @@ _SHORT = 10
 _PLENTY = 64
 _BULK = 24
 
+# What the kernel takes in one call (UIO_MAXIOV); of more it says EMSGSIZE, which looks like the connection's fault.
+_MOST_PIECES = 1024
+
 
 class GuestBuffers:
     """The receiving side of a guest's card."""
 
-    __slots__ = ("_free", "_mergeable", "_reserved", "_short", "ring", "waits")
+    __slots__ = ("_free", "_mergeable", "_reserved", "_short", "misfits", "ring", "waits")
 
     def __init__(self, ring: Ring, *, mergeable: bool, short: bool) -> None:
         """`short`: the guest's headers have 10 bytes."""
         self.ring = ring
         self.waits = False  # we asked to be woken when there are more buffers
+        self.misfits = 0  # frames that were dropped because they fit into no buffers of this guest
         self._mergeable = mergeable
         self._short = short
         # Of each: its chain, its first piece, how many bytes all have together, and its other pieces.
@@ -65,7 +69,10 @@ class GuestBuffers:
     # ---- frames ----------------------------------------------------------------------------------------------------
 
     def write(self, head: Buffer, payload: Buffer | None) -> bool:
-        """Copy one frame, `head` with its prefix. False: no room now. Untrusted; raises ViolationError."""
+        """Copy one frame, `head` with its prefix. False: no room now. Untrusted; raises ViolationError.
+
+        One that there will never be room for is dropped (`misfits`), or it would hold up all others.
+        """
         size = len(head) if payload is None else len(head) + len(payload)
         free = self._free
         if not free and not self._take(size):
@@ -87,6 +94,7 @@ class GuestBuffers:
         if not count:
             return False
         if count < 0:
+            self.misfits += 1
             return True
         head = self._complete(head, count)
         _scatter(self._pieces(count), (head,) if payload is None else (head, payload))
@@ -115,8 +123,11 @@ class GuestBuffers:
                     break
             if have >= wanted or (count and not self._mergeable) or not self._take(wanted - have):
                 break
+        if have <= header and (count >= self.ring.size or (count and not self._mergeable)):
+            # Whoever waits for room would wait for ever: what is there now stays where it is until it is used.
+            raise ViolationError(f"receive buffers of {have} bytes, too small for any frame")
         self._reserved = (count, have)
-        return _cut(found, header, limit)
+        return _cut(found, header, limit)[:_MOST_PIECES]
 
     def commit(self, head: Buffer, length: int) -> None:
         """`head` belongs before the first `length` bytes that were reserved; 0: nothing came. Never fails."""
@@ -160,6 +171,9 @@ class GuestBuffers:
             self.waits = False
             ring.spare_kicks()
         free = self._free
+        # A driver that gives a buffer twice would have us keep more and more of them.
+        if len(free) + count > ring.size:
+            raise ViolationError(f"more buffers than the ring of {ring.size} has entries")
         count = min(count, _PLENTY + (wanted >> 10))
         if count >= _BULK:
             simple = ring.take_many(count)
@@ -171,10 +185,8 @@ class GuestBuffers:
             chain, pieces = take()
             if len(pieces) == 1:
                 free.append((chain, pieces[0], len(pieces[0]), ()))
-            elif pieces:
-                free.append((chain, pieces[0], sum(map(len, pieces)), tuple(pieces[1:])))
             else:
-                raise ViolationError("a buffer of no bytes")
+                free.append((chain, pieces[0], sum(map(len, pieces)), tuple(pieces[1:])))
         return True
 
     def _covering(self, size: int) -> int:

@@ -15,6 +15,10 @@ maybe with other features. Ring 0 is what the guest receives with, ring 1 what i
 A ring whose memory is taken away (REM_MEM_REG) rests until memory is added in which it lies: QEMU replaces regions one
 by one when a guest gets more memory. A descriptor that points to where there is none is a violation, as always.
 
+Eventfds are made not to block, but that is a property of the open file, which the front-end shares: it can undo that
+at any time, and have us wait in eventfd_write() or eventfd_read() for as long as it likes. As with memory that becomes
+shorter (`vde.vhost_user_memory`), guests have no part in that, and whoever may connect to the socket is trusted so far.
+
 What is not offered: LOG_ALL (QEMU then refuses to migrate the guest, rather than to lose what we write meanwhile),
 more than one pair of queues (we have one thread), packed rings, the control queue, which is QEMU's own.
 """
@@ -190,9 +194,11 @@ class Device:
             case Request.SET_VRING_ADDR:
                 where = wire.parse_vring_addr(payload)
                 queue = self._queue(where.ring)
+                runs = queue.ring is not None
+                if runs:
+                    self._stop(where.ring)  # what was done so far becomes visible in the old place
                 queue.where = where
-                if queue.ring is not None:
-                    queue.base = self._base(where.ring)
+                if runs:
                     self._run(where.ring)
             case Request.SET_VRING_KICK:
                 index, with_fd = wire.parse_vring_file(payload)

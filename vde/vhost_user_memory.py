@@ -14,6 +14,10 @@ What cannot be checked here: a file that becomes shorter while it is mapped. The
 is missing (SIGBUS). A guest cannot do that, only its front-end, and memfds that are sealed (QEMU's memory-backend-memfd
 does it by itself, F_SEAL_SHRINK) cannot shrink at all. `sealed` says whether all regions are of that kind.
 
+In one case the seal does not help: huge pages that the front-end punches out of the file (fallocate(2), which the seal
+allows) come from a pool when they are touched again, and when that is empty it is SIGBUS as well. So a front-end is
+somebody who is trusted not to end this process; a guest need not be.
+
 Linux only, like memfd and eventfd.
 """
 

@@ -5,8 +5,8 @@ Theory of operation
 The driver writes buffers into the descriptor table and the number of their first descriptor into the available ring,
 and moves `avail.idx`. We take them in that order, and give them back in the used ring, and move `used.idx`. All three
 parts are memory that the guest changes whenever it likes, so each thing is read once, into Python's own objects, and
-checked there: an index is below the ring's size, a chain is no longer than the ring, an address is in the guest's
-memory. What does not hold raises ViolationError, which ends the link.
+checked there: an index is below the ring's size, a chain is no longer than the ring and has no empty descriptors, an
+address is in the guest's memory. What does not hold raises ViolationError, which ends the link.
 
     available:  u16 flags | u16 idx | u16 ring[size] | u16 used_event
     used:       u16 flags | u16 idx | (u32 id, u32 length)[size] | u16 avail_event
@@ -59,8 +59,10 @@ _NO_NOTIFY = 1  # of used.flags
 
 # virtio 1.2 section 2.7: at most 32,768, and a power of 2.
 MAX_SIZE = 32768
-# Linux puts up to 19 pieces into an indirect table, whatever the ring's size; QEMU takes 1,024 (VIRTQUEUE_MAX_SIZE).
-_INDIRECT_LIMIT = 1024
+# Linux puts up to 19 pieces into an indirect table, whatever the ring's size; QEMU takes 1,024 (VIRTQUEUE_MAX_SIZE),
+# and none of no bytes. Without these rules a frame of 60 bytes could cost as much as tens of thousands of descriptors.
+_CHAIN_LIMIT = 1024
+_EMPTY = "a descriptor of no bytes"
 
 # Processors that keep loads in order with loads and stores with stores.
 _STRONG = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
@@ -80,7 +82,6 @@ class Ring:
         "_entries",
         "_event_idx",
         "_indirect",
-        "_limit",
         "_mask",
         "_memory",
         "_order",
@@ -120,7 +121,6 @@ class Ring:
         self._writable = _WRITE if writable else 0
         self._event_idx = event_idx
         self._indirect = indirect
-        self._limit = max(size, _INDIRECT_LIMIT)
         self._descriptors = memory.at_user(where.descriptors, 16 * size)
         self._array = np.frombuffer(self._descriptors, dtype=_DESCRIPTORS)
         available = memory.at_user(where.available, 4 + 2 * size + tail)
@@ -169,6 +169,8 @@ class Ring:
             return head, self._take_chain(address, length, flags, following)
         if flags & _WRITE != self._writable:
             raise ViolationError("a buffer of the wrong direction")
+        if not length:
+            raise ViolationError(_EMPTY)
         region = self._memory.region_of(address)
         start = address - region.guest
         end = start + length
@@ -192,6 +194,8 @@ class Ring:
             return None
         addresses = found["address"]
         lengths = found["length"]
+        if not lengths.all():
+            return None
         region = self._memory.region_of(int(addresses[0]))
         first, last = int(addresses.min()), int(addresses.max())
         # Stricter than need be, so that nothing can overflow: no piece may begin where the longest would not fit.
@@ -210,13 +214,13 @@ class Ring:
         """A chain of several descriptors, in the ring or in a table of their own."""
         table: bytes | memoryview = self._descriptors
         size = self.size
-        left = size
+        left = most = min(size, _CHAIN_LIMIT)
         if flags & _INDIRECT:
             # 2.7.5.3.1: no NEXT with it, a whole number of descriptors; whether it has WRITE does not matter.
-            if not self._indirect or flags & _NEXT or not length or length & 15 or length >> 4 > self._limit:
+            if not self._indirect or flags & _NEXT or not length or length & 15 or length >> 4 > _CHAIN_LIMIT:
                 raise ViolationError(f"an indirect table of {length} bytes with flags {flags:#x}")
             table = b"".join(self._memory.pieces(address, length))
-            size = left = length >> 4
+            size = left = most = length >> 4
             address, length, flags, following = _DESCRIPTOR.unpack_from(table, 0)
         found: list[memoryview] = []
         unpack = _DESCRIPTOR.unpack_from
@@ -225,12 +229,14 @@ class Ring:
                 raise ViolationError("an indirect table within a chain")
             if flags & _WRITE != self._writable:
                 raise ViolationError("a buffer of the wrong direction")
+            if not length:
+                raise ViolationError(_EMPTY)
             found += self._memory.pieces(address, length)
             if not flags & _NEXT:
                 return found
             left -= 1
             if not left:
-                raise ViolationError(f"a chain of more than {size} descriptors")
+                raise ViolationError(f"a chain of more than {most} descriptors")
             if following >= size:
                 raise ViolationError(f"descriptor {following} in a table of {size}")
             address, length, flags, following = unpack(table, following << 4)

@@ -55,7 +55,7 @@ def query(
         if as_json:
             print_json({**found, "records": list(_records(answer))})
             return int(failed)
-        print_lines([f"{found['rcode']} for {found['name']} {found['type']} in {found['ms']} ms"])
+        print_lines([printable(f"{found['rcode']} for {found['name']} {found['type']} in {found['ms']} ms")])
         for section, owner, ttl, type_, data in _rows(answer):
             if section == EDE:
                 print_lines([f"because: {printable(data) or 'the server does not say'} (extended error {ttl})"])
@@ -75,7 +75,8 @@ def routes(api: Api = None, token_file: TokenFile = None, as_json: Json = False)
         print_json({key: state.get(key) for key in ("source", "routes", "search", "servers", "version")})
         return
     try:
-        print_lines([f"the host is followed by {state['source']['name']}: {state['source']['why']}"])
+        source = state["source"]
+        print_lines([f"the host is followed by {printable(source['name'])}: {printable(source['why'])}"])
         print_table(
             "Routes",
             ("names", "servers", "interface", "from"),
@@ -89,7 +90,7 @@ def routes(api: Api = None, token_file: TokenFile = None, as_json: Json = False)
                 for route in state["routes"]
             ),
         )
-        print_lines([f"guests search {', '.join(state['search']) or 'no domain of the host'}"])
+        print_lines([f"guests search {printable(', '.join(state['search'])) or 'no domain of the host'}"])
     except (AttributeError, KeyError, TypeError, ValueError):
         raise CommandError(NOT_OURS) from None
 

@@ -35,9 +35,13 @@ _MS_REC = 0x4000
 _MS_SLAVE = 1 << 19
 _PR_SET_PDEATHSIG = 1
 
-# Ways to the host's own resolver: a program that asks there would get the host's answers, or wait for those of a
-# service that cannot be reached from here. With nobody listening, the C library goes on to resolv.conf.
-_RESOLVER_SOCKETS = ("/run/systemd/resolve/io.systemd.Resolve", "/run/nscd/socket")
+# Where the sockets of the host's own resolver are: a program that asks there would get the host's answers, or wait for
+# those of a service that cannot be reached from here. With nobody listening, the C library goes on to resolv.conf.
+_RESOLVERS = ("/run/systemd/resolve", "/run/nscd")
+
+# Where services keep the file that resolv.conf leads to, and nothing that a command needs. Not any directory in /run: a
+# user's own sockets are there, and in some containers the host's /etc.
+_WRITERS = ("/run/systemd/resolve", "/run/resolvconf", "/run/NetworkManager", "/run/connman", "/run/netconfig")
 
 # Python ignores these, and ignored they would stay for the command (subprocess: restore_signals).
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
@@ -99,15 +103,42 @@ def _configure(device: str, given: dict[str, Any]) -> None:
             rtnetlink.add_default_route(device, bytes.fromhex(gateway))
     with _step("mounting"):
         # What the host mounts later is seen in here, and not the other way round.
-        _mount("none", "/", _MS_REC | _MS_SLAVE)
-    _stand_in("/etc/resolv.conf", given["resolv_conf"])
-    for path in _RESOLVER_SOCKETS:
-        _stand_in(path, "")
+        _mount("none", Path("/"), _MS_REC | _MS_SLAVE)
+    replace_resolver(Path("/etc/resolv.conf"), given["resolv_conf"])
 
 
-def _stand_in(target: str, text: str) -> None:
+def replace_resolver(path: Path, text: str) -> None:
+    """Have this text stand where `path` leads to, and nobody listen where the host's resolvers do.
+
+    A mount over a file is gone when the host renames another file over that one (rename(2)), as services do that write
+    resolv.conf, and one over a socket when its service starts again. So where the file is in a directory of its own,
+    that is mounted over, which stays. Not so /etc: what the command writes there, as root, is meant to be the host's.
+    """
+    target = path.resolve() if path.exists() else path
+    folders = [Path(name) for name in _RESOLVERS]
+    if str(target.parent) in _WRITERS:
+        folders.append(target.parent)
+    for folder in dict.fromkeys(folders):
+        if folder.is_dir():
+            _cover(folder, text, {target.name} if folder == target.parent else set())
+    if target.parent not in folders:
+        _stand_in(target, text)
+
+
+def _cover(folder: Path, text: str, names: set[str]) -> None:
+    """Have a directory stand where `folder` is, in which these files and every resolv.conf have this text, alone."""
+    with _step(f"mounting over {folder}"):
+        with contextlib.suppress(PermissionError):
+            names |= {entry.name for entry in folder.iterdir() if entry.name.endswith("resolv.conf")}
+        _mount("tmpfs", folder, 0, "tmpfs", "mode=755,size=1m")
+        for name in names:
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o644)
+
+
+def _stand_in(target: Path, text: str) -> None:
     """Have a file with this text stand where `target` is; where nothing is, nothing can."""
-    if not Path(target).exists():
+    if not target.exists():
         return
     with _step(f"mounting over {target}"), tempfile.NamedTemporaryFile("w", prefix="netstack-") as file:
         file.write(text)
@@ -136,8 +167,8 @@ def _step(what: str) -> Any:
         raise NamespaceError(error.errno or errno.EIO, what) from None
 
 
-def _mount(source: str, target: str, flags: int) -> None:
-    if _libc().mount(source.encode(), target.encode(), None, ctypes.c_ulong(flags), None):
+def _mount(source: str, target: Path, flags: int, kind: str = "none", data: str = "") -> None:
+    if _libc().mount(source.encode(), bytes(target), kind.encode(), ctypes.c_ulong(flags), data.encode()):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 

@@ -87,12 +87,14 @@ def read_request(buffer: memoryview, start: int, end: int) -> Request | None:
     size = end - start
     if not header.flags & NEEDS_CSUM or header.csum_start < 14 or header.csum_start + header.csum_offset + 2 > size:
         return None  # whoever leaves segments to be cut leaves the checksum as well (virtio 1.2 5.1.6.2.1)
-    if header.gso_type == GSO_NONE:
-        return Request(GSO_NONE, 0, header.csum_start, header.csum_offset, 14, 0, size)
-    return _read_segmented(header, buffer, start, end)
+    return _read_packet(header, buffer, start, end)
 
 
-def _read_segmented(header: VirtioNet, buffer: memoryview, start: int, end: int) -> Request | None:
+def _read_packet(header: VirtioNet, buffer: memoryview, start: int, end: int) -> Request | None:
+    """Whatever is asked for, the frame is an unfragmented packet of TCP or UDP, and the checksum is that one's own.
+
+    A checksum anywhere else would be two bytes of the guest's choice, written after the frame was looked at.
+    """
     at = start + 12
     (ethertype,) = _U16.unpack_from(buffer, at)
     for _ in range(_MAX_TAGS):
@@ -102,9 +104,9 @@ def _read_segmented(header: VirtioNet, buffer: memoryview, start: int, end: int)
     at += 2
     packet: Ipv4 | Ipv6 | None
     kind = header.gso_type  # GSO_ECN is in no link's offer, so a type with it is unknown here
-    if ethertype == ETHERTYPE_IPV4 and kind in (GSO_TCPV4, GSO_UDP_L4):
+    if ethertype == ETHERTYPE_IPV4 and kind in (GSO_NONE, GSO_TCPV4, GSO_UDP_L4):
         packet = parse_ipv4(buffer, at, end)
-    elif ethertype == ETHERTYPE_IPV6 and kind in (GSO_TCPV6, GSO_UDP_L4):
+    elif ethertype == ETHERTYPE_IPV6 and kind in (GSO_NONE, GSO_TCPV6, GSO_UDP_L4):
         packet = parse_ipv6(buffer, at, end)
     else:
         return None
@@ -114,15 +116,18 @@ def _read_segmented(header: VirtioNet, buffer: memoryview, start: int, end: int)
     room = packet.payload_end - transport
     if header.csum_start != transport - start:
         return None
-    if kind == GSO_UDP_L4:
-        if packet.protocol != PROTOCOL_UDP or header.csum_offset != UDP_CHECKSUM or room < 8 or not header.gso_size:
+    if packet.protocol == PROTOCOL_UDP:
+        if kind not in (GSO_NONE, GSO_UDP_L4) or header.csum_offset != UDP_CHECKSUM or room < 8:
             return None
+    elif packet.protocol != PROTOCOL_TCP or kind == GSO_UDP_L4 or header.csum_offset != TCP_CHECKSUM or room < 20:
+        return None
+    if kind == GSO_NONE:
+        return Request(GSO_NONE, 0, header.csum_start, header.csum_offset, 14, 0, end - start)
+    if kind == GSO_UDP_L4:
         length = 8
-        if room - length > header.gso_size * MAX_DATAGRAMS:
+        if not header.gso_size or room - length > header.gso_size * MAX_DATAGRAMS:
             return None
     else:
-        if packet.protocol != PROTOCOL_TCP or header.csum_offset != TCP_CHECKSUM or room < 20:
-            return None
         length = buffer[transport + 12] >> 4 << 2
         if not 20 <= length <= room or header.gso_size < MIN_SEGMENT:
             return None

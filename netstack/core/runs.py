@@ -270,6 +270,8 @@ def _classify(buffer: memoryview, at: int, size: int) -> tuple[_Kind | None, int
         body = 34
         end = 14 + (buffer[at + 16] << 8 | buffer[at + 17])
     elif ethertype == 0x86DD and size >= SMALLEST6:
+        if buffer[at + 14] >> 4 != 6:
+            return None, 0
         protocol = buffer[at + 20]
         body = 54
         end = 54 + (buffer[at + 18] << 8 | buffer[at + 19])

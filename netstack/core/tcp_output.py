@@ -280,8 +280,11 @@ def _pump_direct(flow: TcpFlow, space: int, unit: int, now: float) -> None:
             flow.on_host_eof(now)
             return
         first = pieces[0]
-        data = bytes(first[:n]) if n <= len(first) else b"".join(pieces)
-        _send_chunk(flow, memoryview(data)[:n], n, unit, now, direct=True)
+        if n <= len(first):
+            data = bytes(first[:n])
+        else:
+            data = b"".join(pieces if n == limit else _first(pieces, n))  # no more of it: what is kept is counted
+        _send_chunk(flow, memoryview(data), n, unit, now, direct=True)
         space -= n
         if space < flow.mss or n < limit:
             break
@@ -290,6 +293,18 @@ def _pump_direct(flow: TcpFlow, space: int, unit: int, now: float) -> None:
     elif flow.stalled and space >= flow.mss:
         flow.stalled = False
         flow.want_readable(True)
+
+
+def _first(pieces: list[memoryview], n: int) -> list[memoryview]:
+    """The first n bytes of the pieces, which are longer."""
+    found = []
+    for piece in pieces:
+        if n <= len(piece):
+            found.append(piece[:n])
+            break
+        found.append(piece)
+        n -= len(piece)
+    return found
 
 
 def _stall(flow: TcpFlow) -> None:

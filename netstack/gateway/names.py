@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import trio
@@ -41,9 +41,15 @@ _CONNECTIONS = 1024
 class StreamService:
     """A TCP service: each connection of a guest is one end of a socketpair, so that TCP has no second code path."""
 
-    def __init__(self, nursery: trio.Nursery, serve: Callable[[trio.abc.Stream, TcpServiceCall], object]) -> None:
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        serve: Callable[[trio.abc.Stream, TcpServiceCall], Awaitable[None]],
+        events: Events,
+    ) -> None:
         self._nursery = nursery
         self._serve = serve
+        self._events = events
         self._open = 0
 
     def open(self, call: TcpServiceCall) -> HostSocket | None:
@@ -62,7 +68,10 @@ class StreamService:
     async def _run(self, ours: socket.socket, call: TcpServiceCall) -> None:
         try:
             stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-            await self._serve(stream, call)  # type: ignore[misc]
+            await self._serve(stream, call)
+        except Exception as error:
+            # One connection's bug must not end the network of all guests.
+            self._events.warning("tcp_service", "internal error: a TCP connection was lost", error=repr(error))
         finally:
             ours.close()
             self._open -= 1
@@ -113,7 +122,7 @@ class DnsService:
         self.server = DnsServer(self.resolver, nursery, self._reply, flush=lambda link: link.flush(), events=events)
         where = (addresses.dns, addresses.gateway, addresses.dns6, addresses.gateway6, addresses.link_local)
         stack.register_udp(PORT, self.server.on_datagram, addresses=where)
-        service: TcpService = StreamService(nursery, self._serve_stream)
+        service: TcpService = StreamService(nursery, self._serve_stream, events)
         stack.register_tcp(PORT, service, addresses=where)
         self.guest_mdns = GuestMdns(self.local.mdns, nursery, self._send_mdns)
         stack.register_udp(MDNS_PORT, self.guest_mdns.on_datagram, addresses=GROUPS)

@@ -196,3 +196,15 @@ def test_an_answer_that_cannot_be_read_is_shown_in_hex() -> None:
     assert [row[4] for row in _rows(answer)] == ["192.0.2.1"]
     assert [row[1] for row in _rows(answer[:-1])] == ["(unreadable)"]
     assert next(iter(_rows(b"")))[1] == "(unreadable)"
+
+
+def test_what_the_host_says_does_not_reach_the_terminal_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {"source": {"name": "x", "why": "\x1b[2J"}, "routes": [], "search": ["a\x1b]0;x\x07.example"]}
+    monkeypatch.setattr("netstack.cli.dns.ask_api", lambda *args, **kwargs: state)
+    assert main(["dns", "routes"]) == 0
+    shown = capsys.readouterr().out
+    assert "\\x1b[2J" in shown
+    assert "\\x07.example" in shown
+    assert "\x1b" not in shown

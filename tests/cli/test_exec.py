@@ -271,3 +271,45 @@ def test_a_seccomp_filter_is_named_when_nothing_else_forbids(tmp_path: Path) -> 
     (tmp_path / "self/status").write_text("Name:\tx\nSeccomp:\t2\n")
     assert "seccomp" in explain_refusal(1, "making a user namespace", proc=tmp_path)
     assert "modprobe tun" in explain_refusal(2, "opening /dev/net/tun", proc=tmp_path)
+
+
+REPLACES = """
+import sys
+from pathlib import Path
+from netstack.cli import exec_guest
+from netstack.vde.namespace import unshare_all
+unshare_all()
+exec_guest._mount("none", Path("/"), exec_guest._MS_REC | exec_guest._MS_SLAVE)
+path = Path(sys.argv[1])
+exec_guest._WRITERS = (str(path.resolve().parent),)
+exec_guest.replace_resolver(path, "nameserver 192.168.5.3")
+for _ in range(2):
+    print(path.read_text().strip(), flush=True)
+    sys.stdin.readline()
+print(sorted(each.name for each in path.resolve().parent.iterdir()), flush=True)
+"""
+
+
+def test_the_command_keeps_its_resolv_conf_when_the_host_writes_a_new_one(tmp_path: Path) -> None:
+    """As systemd-resolved does it, by rename(2), which takes a mount over the file itself away."""
+    folder = tmp_path / "resolve"
+    folder.mkdir()
+    for each in ("stub-resolv.conf", "resolv.conf", "socket"):
+        (folder / each).write_text("nameserver 127.0.0.53")
+    path = tmp_path / "resolv.conf"
+    path.symlink_to(folder / "stub-resolv.conf")
+    with subprocess.Popen(
+        [sys.executable, "-c", REPLACES, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        shown = lines(process)
+        assert process.stdin is not None
+        assert next(shown) == "nameserver 192.168.5.3"
+        (folder / "new").write_text("nameserver 127.0.0.54")
+        (folder / "new").replace(folder / "stub-resolv.conf")
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert next(shown) == "nameserver 192.168.5.3"
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert next(shown) == "['resolv.conf', 'stub-resolv.conf']"
+    assert path.read_text() == "nameserver 127.0.0.54", "the host's is the host's"

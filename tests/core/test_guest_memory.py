@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netstack.core.ports import Buffer, Offload
+from netstack.core.tcp_output import held_bytes
 from netstack.wire.virtio_net import GSO_TCPV4, GSO_TCPV6, HEADER
 from tests.fakes import FakeLink, FakeSocket
 from tests.frames import Seg
@@ -206,6 +207,19 @@ def test_what_was_received_in_place_can_be_sent_again() -> None:
     again = talk.world.take(link)
     assert again
     assert bytes(again[0][54:]) == data[: len(again[0]) - 54]
+
+
+def test_no_more_is_kept_for_retransmission_than_is_counted() -> None:
+    """Where the host had less than there was room for, the guest's unused memory is not kept with it."""
+    talk, link = connected()
+    talk.host.sends(bytes(400_000))
+    talk.settle()
+    for _ in range(4):
+        talk.host.sends(bytes(7_000))
+        talk.settle()
+    assert link.committed
+    kept = [memoryview(view.obj).nbytes for _, view in talk.flow.rtx]
+    assert sum(kept) == held_bytes(talk.flow)
 
 
 def test_a_guest_without_room_is_waited_for() -> None:

@@ -298,6 +298,29 @@ def test_behind_a_vlan_tag_frames_are_finished_as_well() -> None:
         judge(frame[:12] + frame[16:])
 
 
+@BOTH_FAMILIES
+@pytest.mark.parametrize("between", (tcp_between, udp_between))
+def test_behind_a_vlan_tag_a_checksum_is_completed(between: object, ipv6: bool) -> None:
+    ether = Ether(between(700, ipv6=ipv6))  # type: ignore[operator]
+    tagged = Ether(dst=ether.dst, src=ether.src) / Dot1Q(vlan=0) / ether.payload
+    (frame,) = Bench(None).send(leave_undone(bytes(tagged)))
+    judge(frame[:12] + frame[16:])
+
+
+@pytest.mark.parametrize("theirs", (None, NONE, ALL), ids=("plain", "nothing", "all"))
+def test_a_checksum_cannot_change_who_a_guest_says_that_it_is(theirs: Offload | None) -> None:
+    """An ARP answer whose last bytes have the checksum become the gateway's address, once it has been looked at."""
+    bench = Bench(theirs)
+    gateway, innocent = bench.world.stack.addresses.gateway, bytes((198, 51, 100, 7))
+    arp = bytes.fromhex("0001080006040002") + GUEST_MAC + innocent + OTHER_MAC + OTHER4
+    left = OffloadFrame(OTHER_MAC + GUEST_MAC + b"\x08\x06" + arp + bytes(18))
+    assert left[28:32] == innocent != gateway
+    for start, offset in ((14, 16), (28, 2)):
+        left.header = VirtioNet(NEEDS_CSUM, GSO_NONE, 0, 0, start, offset, 0)
+        assert bench.send(left) == []
+    assert bench.world.drops == {"offload_malformed": 2}
+
+
 def test_segments_too_large_for_the_other_link_are_dropped_with_a_word_to_the_sender() -> None:
     bench = Bench(None, mtu=1000)
     assert bench.send(leave_undone(tcp_between(5000), 1400)) == []
@@ -325,6 +348,8 @@ def test_segments_too_large_for_the_other_link_are_dropped_with_a_word_to_the_se
         ({"csum_offset": 65535}, "a checksum behind the end"),
         ({"gso_type": GSO_NONE, "csum_start": 13}, "a checksum over Ethernet's header"),
         ({"gso_type": GSO_NONE, "csum_offset": 5000}, "a checksum behind the end"),
+        ({"gso_type": GSO_NONE, "csum_offset": 6}, "a checksum at UDP's place"),
+        ({"gso_type": GSO_NONE, "csum_start": 14, "csum_offset": 36}, "a checksum of more than TCP"),
     ),
 )
 def test_a_header_that_does_not_fit_its_frame_is_malformed(change: dict[str, int], why: str) -> None:

@@ -16,6 +16,7 @@ import trio
 import trustme
 
 from netstack.dns.routes import Server
+from netstack.dns.upstream import Upstream
 from tests.dns.nameserver import TestNameserver, address_of, make_query
 from tests.dns.relay import Relay, errors_of, framed, receive, scope
 
@@ -217,3 +218,30 @@ async def test_what_goes_wrong_with_https_is_servfail_and_says_why(
         assert [code for code, _ in errors_of(answer)] == [23]
         assert bool(web.queries) == (fault != "certificate")
         await relay.upstream.https.retain(())
+
+
+async def test_two_changes_of_the_network_close_a_connection_once(
+    nursery: trio.Nursery, autojump_clock: object
+) -> None:
+    class Client:
+        closed = 0
+
+        def __init__(self, error: Exception | None, seconds: float) -> None:
+            self.error = error
+            self.seconds = seconds
+
+        async def aclose(self) -> None:
+            self.closed += 1
+            await trio.sleep(self.seconds)
+            if self.error is not None:
+                raise self.error
+
+    https = Upstream(nursery).https
+    clients = [Client(None, 0.1), Client(OSError("a bug"), 0.1), Client(None, 1000), Client(None, 0)]
+    https._clients = {Server(str(n), transport="https"): client for n, client in enumerate(clients)}  # type: ignore[misc]
+    began = trio.current_time()
+    async with trio.open_nursery() as changes:
+        changes.start_soon(https.retain, ())
+        changes.start_soon(https.retain, ())
+    assert [client.closed for client in clients] == [1, 1, 1, 1]
+    assert trio.current_time() - began < 2

@@ -279,3 +279,10 @@ async def test_a_long_file_is_read_while_the_event_loop_runs(tmp_path: Path, nur
         turns += 1
     assert turns > 5
     assert texts(ask(source.answer, "ads99999.test")) == []
+
+
+def test_a_dot_within_a_label_is_none_between_two() -> None:
+    file = HostsFile()
+    file.table = parse_hosts(b"198.51.100.1 app.dev")
+    assert file.find((b"app", b"dev")) == (bytes((198, 51, 100, 1)),)
+    assert file.find((b"app.dev",)) is None

@@ -188,16 +188,16 @@ async def test_rule_42_60_which_names_are_asked_for(nursery: trio.Nursery, name:
     assert not mdns.claims(question)
 
 
-async def test_without_interfaces_there_is_no_such_name_at_once(nursery: trio.Nursery, autojump_clock: object) -> None:
+async def test_without_interfaces_there_is_no_such_name_at_once(nursery: trio.Nursery) -> None:
     mdns = Mdns(nursery, interfaces=list)
     began = trio.current_time()
     answer = await ask(mdns, "printer.local")
     assert answer.rcode() == dns.rcode.NXDOMAIN
-    assert trio.current_time() == began
+    assert trio.current_time() - began < 1.0  # a thread finds that out
 
 
 async def test_too_many_names_at_once_are_refused(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def never(self: Mdns, found: _Exchange) -> None:
+    async def never(self: Mdns, found: _Exchange, guest: object) -> None:
         await trio.sleep_forever()
 
     monkeypatch.setattr(Mdns, "_run", never)

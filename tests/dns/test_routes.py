@@ -267,3 +267,14 @@ def test_routing_equals_the_definition(
     if best < 0:
         expected = [f"s{number}" for number, (_, default) in enumerate(described) if default]
     assert [scope.key for scope in RoutingTable(scopes).route(name)] == expected
+
+
+@pytest.mark.parametrize("text", ("a\x1b[31mx.example", "a.\x07", "a\0b.example", "a\x7f.example", "a\x9b.example"))
+def test_names_with_control_characters_are_none(text: str) -> None:
+    assert parse_name(text) is None
+    assert RoutingTable((Scope("host", search=(text, "good.example")),)).search == ("good.example",)
+
+
+def test_a_dot_within_a_label_is_written_as_one() -> None:
+    assert format_name((b"app.dev", b"x")) == "app\\.dev.x"
+    assert format_name((b"app", b"dev")) == "app.dev"

@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,37 @@ async def test_other_types_are_not_asked_of_the_system(nursery: trio.Nursery) ->
     sock.close()
     answer = await race(nursery, Scope("host", (server,), default=True), kind="MX")
     assert answer.reply is None
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("scope", "name", "asked"),
+    (
+        (Scope("vpn", domains=("corp.example",)), "git.corp.example", False),
+        (Scope("vpn", domains=("corp.example",), default=True), "CORP.example", False),
+        (Scope("vpn", domains=("corp.example",), default=True), "www.example", True),
+        (Scope("vpn", domains=(".",)), "www.example", False),
+        (Scope("scutil:example", domains=("example",), system=True), "www.example", True),
+        (Scope("host", default=True), "printer.local", False),
+        (Scope("scutil:default", default=True, system=True), "printer.local", False),
+    ),
+)
+async def test_names_that_a_scope_claims_are_not_told_to_the_system(
+    nursery: trio.Nursery, scope: Scope, name: str, asked: bool
+) -> None:
+    heard = []
+
+    def look(name: bytes, *args: Any, **kwargs: Any) -> list[Any]:
+        heard.append(name)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    sock, server = silent_server()
+    with sock:
+        upstream = Upstream(nursery, 2.0, system=System(look))
+        query = dns.message.make_query(name, "A").to_wire()
+        answer = await upstream.ask(query, (replace(scope, servers=(server,)),), tcp=False)
+    # Its "no such name" would be that of somebody who cannot know.
+    assert (bool(heard), answer.reply is not None) == (asked, asked)
     nursery.cancel_scope.cancel()
 
 

@@ -184,3 +184,15 @@ def test_a_bulk_transfer_is_taken_in_runs() -> None:
     taken = side.world.stack.counters.frames_in_runs - before
     assert taken == len(FLOWS) * (40 + 38 + 40 + 40) - len(FLOWS) * 40
     assert sum(len(sock.sent) for sock in side.world.host.datagrams) == len(FLOWS) * 80
+
+
+def test_packets_of_another_version_are_no_run() -> None:
+    """What IPv6's ethertype stands before is looked at as closely as frame by frame."""
+    told, untold = Side(told=True), Side(told=False)
+    number = 2
+    for side in (told, untold):
+        assert FLOWS[number][0], "IPv6"
+        frames = bulk(side, "data", number, 40, 0)
+        side.receive([frame[:14] + bytes((frame[14] & 0x0F | 0x50,)) + frame[15:] for frame in frames])
+    assert told.outcome() == untold.outcome()
+    assert told.world.stack.counters.frames_in_runs == 0

@@ -355,6 +355,36 @@ def test_a_frame_larger_than_all_of_the_guests_buffers_does_not_stop_the_others(
     assert [whole for _, whole in bench.front.frames()] == [frame(60)]
 
 
+@pytest.mark.parametrize("features", (PLAIN, LINUX))
+def test_a_frame_that_fits_no_buffers_is_counted(bench: Bench, features: int) -> None:
+    bench.start(features)
+    bench.front.post(16, 100)
+    bench.front.rx.notify()
+    bench.link.queue_frame(HEADER + frame(14), frame(3000))
+    bench.link.queue_frame(HEADER + frame(60))
+    bench.run()
+    assert bench.link.drops_to_guest == 1
+    assert len(bench.front.received()) == 1
+
+
+def test_data_is_received_into_no_more_pieces_than_the_kernel_takes() -> None:
+    made = Bench(size=2048)
+    ours, theirs = socket.socketpair()
+    try:
+        made.start()
+        made.front.post(1500, 20)
+        theirs.send(frame(10000))
+        pieces = made.link.reserve(66, 28000)
+        assert ours.recvmsg_into(pieces)[0] == 10000
+        made.link.commit(HEADER + frame(54), 10000)
+        made.run()
+        assert made.front.frames() == [(bytes(10) + (504).to_bytes(2, "little"), frame(54) + frame(10000))]
+    finally:
+        made.close()
+        ours.close()
+        theirs.close()
+
+
 @pytest.mark.parametrize("start", (0, 65500))
 def test_many_buffers_are_taken_at_once(start: int) -> None:
     """Over the ends of the ring and of its indices, and of different lengths."""
@@ -396,6 +426,7 @@ def test_many_buffers_are_taken_at_once(start: int) -> None:
         ((1 << 64) - 1, 1526, WRITE, "outside of the guest's memory"),
         (GUEST, 0xFFFFFFFF, WRITE, "outside of the guest's memory"),
         (GUEST, 1526, 0, "wrong direction"),
+        (GUEST, 0, WRITE, "a descriptor of no bytes"),
         (GUEST, 1526, WRITE | INDIRECT, "an indirect table"),
         (GUEST, 1526, WRITE | NEXT, "descriptor 65 in a table of 64"),
     ),
@@ -684,6 +715,21 @@ def test_a_new_way_to_call_is_tried_at_once(bench: Bench) -> None:
     assert bench.front.rx.interrupts() == 1
 
 
+def test_what_was_done_is_seen_when_a_ring_gets_another_address(bench: Bench) -> None:
+    bench.start()
+    front = bench.front
+    front.post(2)
+    bench.link.queue_frame(HEADER + frame(60))  # written, and not yet to be seen
+    front.set_address(front.rx)
+    bench.run()
+    assert [whole for _, whole in front.frames()] == [frame(60)]
+    assert front.rx.interrupts()
+    assert bench.link.up
+    bench.link.queue_frame(HEADER + frame(61))
+    bench.run()
+    assert [whole for _, whole in front.frames()] == [frame(61)]
+
+
 def test_reset_device_ends_all_rings(bench: Bench) -> None:
     bench.start()
     bench.front.send(Request.RESET_DEVICE)
@@ -859,7 +905,17 @@ def _describe(bench: Bench, which: str) -> str:
         case "empty":
             tx.describe(0, data, 0, 0)
             tx.offer(0)
-            return "a frame of 0 bytes"
+            return "a descriptor of no bytes"
+        case "empty in a chain":
+            tx.describe(0, data, 60, NEXT, 1)
+            tx.describe(1, data, 0, 0)
+            tx.offer(0)
+            return "a descriptor of no bytes"
+        case "empty in a table":
+            struct.pack_into("<QIHH", bench.front.memory, bench.front.data, data, 0, 0, 0)
+            tx.describe(0, data, 16, INDIRECT)
+            tx.offer(0)
+            return "a descriptor of no bytes"
         case "table":
             tx.describe(0, data, 24, INDIRECT)
             tx.offer(0)
@@ -893,7 +949,7 @@ def _describe(bench: Bench, which: str) -> str:
     "which",
     (
         "head,next,loop,address,below,wraps,direction,long,short,empty,table,no table,huge table,table and next,"
-        "nested,table loop"
+        "nested,table loop,empty in a chain,empty in a table"
     ).split(","),
 )
 def test_a_driver_that_breaks_the_rules_of_the_ring(bench: Bench, which: str) -> None:
@@ -916,6 +972,67 @@ def test_more_buffers_than_the_ring_has(bench: Bench, index: int) -> None:
     bench.link.queue_frame(HEADER + frame(60))
     ring.notify()
     assert "17 buffers available in a ring of 16" in bench.why_closed()
+
+
+def test_a_driver_that_gives_its_buffers_again_and_again(bench: Bench) -> None:
+    """Or we would keep more and more of them, and look for room in them for ever."""
+    bench.start()
+    bench.front.post(16, 100)
+    assert sum(map(len, bench.link.reserve(66, 60000))) == 1600 - 66
+    bench.link.commit(b"", 0)
+    for head in range(16):
+        bench.front.rx.offer(head)
+    assert bench.link.reserve(66, 60000) == []
+    bench.link.flush()
+    assert "more buffers than the ring of 16 has entries" in bench.why_closed()
+
+
+@pytest.mark.parametrize("indirect", (False, True))
+def test_a_chain_is_of_1024_descriptors_at_most(indirect: bool) -> None:
+    """However long the ring is: each costs time."""
+    made = Bench(size=4096)
+    try:
+        made.start()
+        for count in (1024, 1025):
+            at = made.front.data
+            made.front.tx.add([(at, 1)] * count, indirect=at + 16 if indirect else 0)
+            made.front.tx.notify()
+            made.run()
+            assert len(made.stack.frames) == 1
+        assert made.why_closed()
+    finally:
+        made.close()
+
+
+def test_pieces_of_one_wakeup_are_bounded_too() -> None:
+    """Frames of one page or less, in pieces of a byte each."""
+    made = Bench(size=256)
+    try:
+        made.start()
+        front = made.front
+        at = front.data + 16
+        front.tx.add([(front.data, 1)] * 1024, indirect=at)
+        for head in range(1, 100):
+            front.tx.describe(head, GUEST + at, 16 * 1024, INDIRECT)
+            front.tx.offer(head)
+        front.tx.notify()
+        most = 0
+        while made.poller.step():
+            most = max(most, len(made.stack.frames))
+            made.stack.frames.clear()
+        assert 0 < most <= 5
+        assert len(front.tx.take_used()) == 100
+    finally:
+        made.close()
+
+
+def test_a_first_buffer_too_small_for_headers_is_not_waited_for(bench: Bench) -> None:
+    """Whoever waits for room behind them would wait for ever."""
+    bench.start(PLAIN)
+    bench.front.post(2, 50)
+    assert bench.link.reserve(66, 1000) == []
+    bench.link.flush()
+    assert "too small for any frame" in bench.why_closed()
 
 
 @pytest.mark.parametrize("size", (60, 20000))

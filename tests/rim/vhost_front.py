@@ -279,12 +279,15 @@ class FrontEnd:
         """Size, base, addresses and descriptors of a ring: it runs after that, if it is enabled."""
         self.send_state(Request.SET_VRING_NUM, ring.index, ring.size)
         self.send_state(Request.SET_VRING_BASE, ring.index, base)
+        self.set_address(ring)
+        self.send_u64(Request.SET_VRING_CALL, ring.index, [ring.call])
+        self.send_u64(Request.SET_VRING_KICK, ring.index, [ring.kick])
+
+    def set_address(self, ring: GuestRing) -> None:
         self.send(
             Request.SET_VRING_ADDR,
             struct.pack("=IIQQQQ", ring.index, 0, USER + ring.descriptors, USER + ring.used, USER + ring.available, 0),
         )
-        self.send_u64(Request.SET_VRING_CALL, ring.index, [ring.call])
-        self.send_u64(Request.SET_VRING_KICK, ring.index, [ring.kick])
 
     def enable(self, enabled: int = 1) -> None:
         for index in (0, 1):
