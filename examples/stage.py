@@ -144,9 +144,9 @@ class Host:
         program = shutil.which("dnsmasq", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
         if program is None:
             return None
-        # --keep-in-foreground also keeps it from changing its user and groups, which it may not in a user namespace.
+        # It stays the user that it is: in a user namespace there is no other.
         return self._start(
-            "dnsmasq", "started", program, "--keep-in-foreground", "--conf-file=/dev/null", "--pid-file=",
+            "dnsmasq", "started", program, "--keep-in-foreground", "--user=", "--conf-file=/dev/null", "--pid-file=",
             "--bind-interfaces", "--listen-address=127.0.0.1", f"--port={port}", "--no-resolv", "--no-hosts",
             "--log-facility=-", "--log-queries", f"--host-record={NAME},{','.join(addresses)}",
         )  # fmt: skip

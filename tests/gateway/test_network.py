@@ -100,11 +100,11 @@ async def test_what_a_reload_cannot_change_is_told_each_time(tmp_path: Path) -> 
             network={"subnet": "10.98.7.0/24"},
             state={"dir": tmp_path / "state"},
             log={"level": "error", "format": "json"},
-            dns={"nameservers": ["192.0.2.1"], "hosts_file": "/gone"},
+            dns={"nameservers": ["127.0.0.9"], "hosts_file": "/gone"},
         )
         for _ in range(2):
             assert sorted(network.reload(fresh)) == ["dns.hosts_file", "log.format"]
-        assert network.config.dns.nameservers == ("192.0.2.1",)
+        assert network.config.dns.nameservers == ("127.0.0.9",)
 
 
 async def test_a_guest_cannot_attach_again_through_the_gateway(tmp_path: Path) -> None:
