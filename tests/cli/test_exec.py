@@ -31,14 +31,15 @@ WHO = ("root", "user") if os.geteuid() == 0 else ("user",)
 _USER = 65534
 
 # Writes a line when it is ready, and one for each signal; ends at SIGTERM, with status 3.
+# It writes without a buffer: a signal may come while it still says that it is listening.
 LISTENER = """
-import signal, sys, time
+import os, signal, sys, time
 def on_signal(number, frame):
-    print(signal.Signals(number).name, flush=True)
+    os.write(1, signal.Signals(number).name.encode() + b"\\n")
     if number == signal.SIGTERM: sys.exit(3)
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
     signal.signal(number, on_signal)
-print("listening", flush=True)
+os.write(1, b"listening\\n")
 while True: time.sleep(60)
 """
 
