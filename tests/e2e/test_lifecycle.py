@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.e2e.conftest import Lab, keep_if_failed, open_lab
+from tests.e2e.conftest import MACS, Lab, keep_if_failed, open_lab
 from tests.lab.namespaces import FAR4, FAR6, HOST4, HOST6, output_of, wait_until
 
 if TYPE_CHECKING:
@@ -60,6 +60,11 @@ def test_a_crash_loses_no_lease_and_no_socket(lab: Lab, tmp_path: Path) -> None:
     netstack.start()
     with lab.guest("stream", 1) as guest:
         assert guest.configure()["ip"] == "192.168.5.15"
+        # Half a second after the change, and a disk's time.
+        wait_until(
+            lambda: any(MACS[1] in file.read_text() for file in tmp_path.rglob("leases-*.json")),
+            "the lease to be written",
+        )
     netstack.kill()
     assert lab.socket.exists(), "a socket without a listener is what a crash leaves"
     # It takes the places over that its predecessor could not clear.
