@@ -41,7 +41,6 @@ class DatagramLink(BaseLink):
         self._fd = sock.fileno()
         self._buffer = memoryview(bytearray(READ_BUFFER))
         self._out: deque[tuple[Buffer, ...]] = deque()
-        self._waits_writable = False
         poller.register(self._fd, self, READABLE)
 
     def on_ready(self, events: int, now: float) -> None:
@@ -49,7 +48,7 @@ class DatagramLink(BaseLink):
         if events & WRITABLE and self._waits_writable:
             self.flush()
             self.note_backlog(now)
-            self._watch_writability()
+            self._watch_writability(self._fd, bool(self._out) or self.congested)
         if not events & (READABLE | FAILED | HUNG_UP) or self.closed:
             return
         buffer = self._buffer
@@ -105,13 +104,7 @@ class DatagramLink(BaseLink):
             out.popleft()
             self.backlog -= sum(map(len, frame))
         self.note_backlog()
-        self._watch_writability()
-
-    def _watch_writability(self) -> None:
-        waits = bool(self._out) or self.congested
-        if waits != self._waits_writable and not self.closed:
-            self._waits_writable = waits
-            self._poller.modify(self._fd, READABLE | WRITABLE if waits else READABLE)
+        self._watch_writability(self._fd, bool(self._out) or self.congested)
 
     def _close(self) -> None:
         self._out.clear()

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from netstack.core.ports import Buffer, Capture, DrainWaiter, Link, Offload, Poller
+from netstack.core.ports import READABLE, WRITABLE, Buffer, Capture, DrainWaiter, Link, Offload, Poller
 
 if TYPE_CHECKING:
     from numpy import uint8
@@ -72,6 +72,7 @@ class BaseLink(ABC):
         self._poller = poller
         self._receive = receive
         self._waiters: list[DrainWaiter] = []
+        self._waits_writable = False
         self._captured: list[tuple[Any, ...]] = []
 
     def forget_macs(self) -> None:
@@ -160,6 +161,12 @@ class BaseLink(ABC):
         elif now is not None and self.congested and self.backlog <= CONGESTED >> 1:
             self.congested = False
             self.wake_waiters(now)
+
+    def _watch_writability(self, fd: int, waits: bool) -> None:
+        """Have on_ready() called when the kernel takes more, for as long as something waits for that."""
+        if waits != self._waits_writable and not self.closed:
+            self._waits_writable = waits
+            self._poller.modify(fd, READABLE | WRITABLE if waits else READABLE)
 
     def wake_waiters(self, now: float) -> None:
         waiters, self._waiters = self._waiters, []

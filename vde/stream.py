@@ -79,7 +79,6 @@ class StreamLink(BaseLink):
         self._buffer = memoryview(bytearray(READ_BUFFER))
         self._have = 0
         self._out: list[Buffer] = []
-        self._waits_writable = False
         poller.register(self._fd, self, READABLE)
 
     def on_ready(self, events: int, now: float) -> None:
@@ -87,7 +86,7 @@ class StreamLink(BaseLink):
         if events & WRITABLE and self._waits_writable:
             self.flush()
             self.note_backlog(now)
-            self._watch_writability()
+            self._watch_writability(self._fd, bool(self._out) or self.congested)
         if not events & (READABLE | FAILED | HUNG_UP) or self.closed:
             return
         try:
@@ -194,13 +193,7 @@ class StreamLink(BaseLink):
                 out[first] = memoryview(out[first])[sent:]
         del out[:first]
         self.note_backlog()
-        self._watch_writability()
-
-    def _watch_writability(self) -> None:
-        waits = bool(self._out) or self.congested
-        if waits != self._waits_writable and not self.closed:
-            self._waits_writable = waits
-            self._poller.modify(self._fd, READABLE | WRITABLE if waits else READABLE)
+        self._watch_writability(self._fd, bool(self._out) or self.congested)
 
     def _close(self) -> None:
         self._out = []

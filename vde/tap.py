@@ -118,7 +118,6 @@ class TapLink(BaseLink):
         self._fd = fd
         self._buffer = memoryview(bytearray(READ_BUFFER + _ROOM))
         self._out: deque[tuple[Buffer, ...]] = deque()
-        self._waits_writable = False
         self._alone = False  # the last read gave one small frame
         self._read_at = 0.0
         poller.register(fd, self, READABLE)
@@ -128,7 +127,7 @@ class TapLink(BaseLink):
         if events & WRITABLE and self._waits_writable:
             self.flush()
             self.note_backlog(now)
-            self._watch_writability()
+            self._watch_writability(self._fd, bool(self._out) or self.congested)
         if not events & (READABLE | FAILED | HUNG_UP) or self.closed:
             return
         buffer = self._buffer
@@ -189,13 +188,7 @@ class TapLink(BaseLink):
             out.popleft()
             self.backlog -= sum(map(len, frame))
         self.note_backlog()
-        self._watch_writability()
-
-    def _watch_writability(self) -> None:
-        waits = bool(self._out) or self.congested
-        if waits != self._waits_writable and not self.closed:
-            self._waits_writable = waits
-            self._poller.modify(self._fd, READABLE | WRITABLE if waits else READABLE)
+        self._watch_writability(self._fd, bool(self._out) or self.congested)
 
     def _close(self) -> None:
         self._out.clear()

@@ -159,7 +159,7 @@ async def test_who_waited_for_a_congested_link_is_called_when_it_has_room(bench:
         await wait_for(lambda: waiters[-1].drained)
         assert [waiter.drained for waiter in waiters] == [1, 1, 1]
         # And the link asks for writability no longer, or it would be ready for ever.
-        await wait_for(lambda: not bench.link._waits_writable)  # type: ignore[attr-defined]
+        await wait_for(lambda: not bench.link._waits_writable)
 
 
 async def test_a_flush_that_drains_the_link_does_not_forget_who_waited(bench: Bench) -> None:
