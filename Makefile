@@ -26,7 +26,7 @@ lint: .venv/.ready ## ruff (format and rules), mypy --strict, pyright, shellchec
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pyright
-	$(BIN)/shellcheck scripts/*.sh .ci/run
+	$(BIN)/shellcheck scripts/*.sh .ci/run netstack/control/agent/agent.sh
 
 fmt: .venv/.ready ## formats the code and mends what ruff can mend safely
 	$(BIN)/ruff check --fix-only --quiet .

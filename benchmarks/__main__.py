@@ -28,7 +28,7 @@ from benchmarks.report import (
 from benchmarks.suite import ALL, QUICK, Plan, Suite, all_peers
 
 EXAMPLES = """examples:
-  python -m benchmarks                                 everything, some 22 minutes
+  python -m benchmarks                                 everything, some 23 minutes
   python -m benchmarks --quick                         one short round of everything
   python -m benchmarks --only tcp,latency --peers netstack,passt
   python -m benchmarks profile --mtu 1500 --load down  where netstack spends its time
@@ -129,11 +129,38 @@ def main(arguments: list[str]) -> int:
         )
         figures = suite.run()
         notes += suite.notes
+        if "forwards" in plan.sections:
+            from benchmarks.bench_forwards import measure_forwards
+
+            try:
+                measure_forwards(figures, relay, lab, seconds=plan.tcp_seconds, rounds=plan.rounds, say=suite.say)
+            except LabError as error:
+                notes.append(f"not all figures of forwards: {error}")
+                print(notes[-1], file=sys.stderr)
+        if "proxy" in plan.sections:
+            from benchmarks.bench_proxy import measure_proxy
+
+            try:
+                measure_proxy(figures, relay, lab, seconds=plan.tcp_seconds, rounds=plan.rounds, say=suite.say)
+            except LabError as error:
+                notes.append(f"not all figures of the proxy: {error}")
+                print(notes[-1], file=sys.stderr)
     if "micro" in plan.sections:
         from benchmarks.micro import measure_micro
 
         measure_micro(figures)
     versions = {peer.name: peer.version() for peer in peers}
+    if "dns" in plan.sections:
+        from benchmarks.bench_dns import measure_dns
+
+        def say(text: str) -> None:
+            print(f"[{time.monotonic() - clock:5.0f} s] {text}", file=sys.stderr, flush=True)
+
+        try:
+            versions |= measure_dns(figures, seconds=plan.dns_seconds, rounds=plan.rounds, say=say)
+        except LabError as error:
+            notes.append(f"no figures of DNS: {error}")
+            print(notes[-1], file=sys.stderr)
     command = shlex.join(["python", "-m", "benchmarks", *arguments])
     document = as_document(
         figures, started=started, command=command, machine=machine, versions=versions, notes=notes, rounds=plan.rounds

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 Section = Literal[
-    "tcp", "vm", "latency", "connections", "udp", "pace", "idle", "cpu", "memory", "start", "relay", "micro"
-]
+    "tcp", "vm", "latency", "connections", "udp", "forwards", "dns", "pace", "idle", "cpu", "memory", "start", "relay",
+    "micro", "proxy",
+]  # fmt: skip
 
 SECTIONS: dict[Section, str] = {
     "tcp": "TCP throughput",
@@ -22,6 +23,9 @@ SECTIONS: dict[Section, str] = {
     "latency": "Round trips",
     "connections": "Connections: connect, 1 byte there and back, close",
     "udp": "UDP, datagrams of 1,400 bytes",
+    "forwards": "Forwards: a caller on the host, a server in the guest, MTU 65520",
+    "proxy": "The gateway's proxy: CONNECT beside the guest's own connection",
+    "dns": "DNS (a guest on a tap; all but ours over netstack's UDP path)",
     "pace": "Connections at a steady rate",
     "idle": "Idle connections",
     "cpu": "CPU of the network process, TCP with 1 stream",
@@ -34,7 +38,10 @@ SECTIONS: dict[Section, str] = {
 ARROW = {"up": "guest → host", "down": "host → guest"}
 
 
-COLUMNS = ("netstack", "netstack-tap", "netstack-vhost", "passt", "slirp4netns", "pasta", "qemu-user")
+COLUMNS = (
+    "netstack", "netstack-tap", "netstack-vhost", "passt", "slirp4netns", "pasta", "qemu-user",
+    "dnsmasq", "unbound", "upstream", "upstream, by the host",
+)  # fmt: skip
 
 
 def order_peers(names: Iterable[str]) -> list[str]:
@@ -151,6 +158,57 @@ def vm_tcp_metric(direction: str, mtu: int) -> Metric:
 
 
 VM_ROUND_TRIP = Metric("vm.rr.tcp.1.p50", "vm", "round trip, TCP, 1 byte, p50", "µs")
+
+
+def dns_metric(which: str) -> Metric:
+    title, unit = {
+        "rate": ("1,000 cached names, 100 queries in flight", "1/s"),
+        "lost": ("of these without an answer", ""),
+        "cached": ("a cached name, one query at a time, p50", "ms"),
+        "missed": ("a name that nobody has asked for, one at a time, p50", "ms"),
+        "added": ("a miss, less the upstream's own time without a guest", "ms"),
+        "hosts": ("a hosts file of 100,000 lines is read in", "s"),
+        "hosts.p99": ("cached names meanwhile, p99", "ms"),
+        "hosts.max": ("cached names meanwhile, the longest", "ms"),
+        "flood.queries": ("names of a silent server in flight, the most that was seen", ""),
+        "flood": ("resident memory grows with these by, at most", "MiB"),
+    }[which]
+    return Metric(f"dns.{which}", "dns", title, unit, more_is_better=which == "rate")
+
+
+def forward_metric(which: str) -> Metric:
+    title, unit = {
+        "tcp.in": ("caller → guest, 1 stream", "Gbit/s"),
+        "tcp.out": ("guest → caller, 1 stream", "Gbit/s"),
+        "flow": ("host → guest where the guest connected, beside it", "Gbit/s"),
+        "share": ("caller → guest over that", "×"),
+        "connect.p50": ("from connect() to accept() in the guest, p50", "µs"),
+        "connect.p99": ("from connect() to accept() in the guest, p99", "µs"),
+        "greeting.p50": ("from connect() to the guest's first words, p50", "µs"),
+        "greeting.p99": ("from connect() to the guest's first words, p99", "µs"),
+        "udp.lost": ("lost of 30,000 datagrams a second of 200 bytes", "%"),
+        "udp.cpu": ("CPU for one of them", "µs"),
+        "open": ("1,000 forwards are opened, one request each", "s"),
+        "open.range": ("1,000 forwards are opened as one range", "s"),
+        "idle.memory": ("memory of one of them", "KiB"),
+        "idle.cpu": ("CPU in 10 s with 1,000 idle ones, less that without", "ms"),
+    }[which]
+    return Metric(f"forwards.{which}", "forwards", title, unit, more_is_better=which[:3] in ("tcp", "flo", "sha"))
+
+
+def proxy_metric(which: str) -> Metric:
+    title, unit = {
+        "tcp.up": ("guest → host through CONNECT, 1 stream", "Gbit/s"),
+        "tcp.down": ("host → guest through CONNECT, 1 stream", "Gbit/s"),
+        "share.up": ("guest → host over the guest's own connection", "×"),
+        "share.down": ("host → guest over the guest's own connection", "×"),
+        "tcp.get": ("bodies of 64 MiB by GET, no CONNECT", "Gbit/s"),
+        "share.get": ("the same over GET without the proxy", "×"),
+        "first": ("from connect() through CONNECT to the server's first byte, p50", "µs"),
+        "first.added": ("the same, less that without the proxy", "µs"),
+        "many": ("500 tunnels asked for at once: all have answered", "s"),
+    }[which]
+    return Metric(f"proxy.{which}", "proxy", title, unit, more_is_better=which[:3] in ("tcp", "sha"))
 
 
 def pace_metric(which: str, rate: int) -> Metric:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.figures import Metric
 from netstack.core.addresses import Addresses
-from netstack.core.ports import READABLE, WRITABLE, Buffer, DatagramSocket, Handler, HostSocket
+from netstack.core.ports import READABLE, WRITABLE, Buffer, DatagramListener, DatagramSocket, Handler, HostSocket
 from netstack.core.stack import Stack
 from netstack.vde.link import BaseLink
 
@@ -117,8 +117,14 @@ class NullHost:
     def connect_error(self, sock: HostSocket) -> int:
         return 0
 
+    def is_connected(self, sock: HostSocket) -> bool:
+        return False
+
     def reset(self, sock: HostSocket) -> None: ...
     def open_udp(self, address: bytes, port: int) -> DatagramSocket:
+        raise PermissionError
+
+    def listen_udp(self, host: str, port: int) -> list[DatagramListener]:
         raise PermissionError
 
     def open_ping(self, address: bytes) -> DatagramSocket:

@@ -38,7 +38,9 @@ from benchmarks.targets import MANY, PACE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-ALL = ("start", "tcp", "latency", "connections", "udp", "vm", "pace", "idle", "relay", "micro")
+ALL = (
+    "start", "tcp", "latency", "connections", "udp", "vm", "forwards", "proxy", "dns", "pace", "idle", "relay", "micro",
+)  # fmt: skip
 DIRECTIONS: tuple[load.Direction, ...] = ("up", "down")
 
 
@@ -57,12 +59,13 @@ class Plan:
     idle_counts: tuple[int, ...] = (1000, MANY)
     idle_watched: float = 10
     pace_seconds: float = 60
+    dns_seconds: float = 2
     sections: tuple[str, ...] = ALL
 
 
 QUICK = Plan(
     rounds=1, tcp_seconds=2, connection_seconds=1, udp_seconds=1, udp_gbits=(0.5,), start_runs=3, idle_counts=(1000,),
-    pace_seconds=12,
+    pace_seconds=12, dns_seconds=1,
 )  # fmt: skip
 
 # Those that can hold ten thousand connections: slirp4netns takes a quarter of a MiB for each. And how many files passt

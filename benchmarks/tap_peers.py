@@ -52,6 +52,7 @@ class Slirp4netns(TapPeer):
 
     name, program = "slirp4netns", "slirp4netns"
     host_address = "10.0.2.2"
+    options: tuple[str, ...] = ()
 
     def version(self) -> str:
         return debian_version("slirp4netns") or first_line(["slirp4netns", "--version"])
@@ -60,7 +61,8 @@ class Slirp4netns(TapPeer):
         receive, send = os.pipe()
         os.set_inheritable(send, True)
         argv = [
-            "slirp4netns", "--configure", f"--mtu={mtu}", f"--ready-fd={send}", "--netns-type=path", guest.path, TAP,
+            "slirp4netns", "--configure", f"--mtu={mtu}", f"--ready-fd={send}", *self.options, "--netns-type=path",
+            guest.path, TAP,
         ]  # fmt: skip
         process = around.lab.spawn(around.host, argv, pass_fds=[send])
         os.close(send)

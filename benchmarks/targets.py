@@ -1,4 +1,4 @@
-"""The speed that netstack must reach, each with its source: issue 2 (the stream link), issue 3 (offload, many flows).
+"""The speed that netstack must reach, each with its source: issues 2 (stream), 3 (offload, many), 4 (DNS), 6 (proxy).
 
 A target is a bound on a figure: a factor of another figure of the same run (a peer's, or netstack's own for something
 else), or a plain number. One whose figures were not measured in a run is not judged in it.
@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 
 from benchmarks.figures import connections_metric as crr
 from benchmarks.figures import (
+    dns_metric,
+    forward_metric,
     idle_metric,
     pace_metric,
+    proxy_metric,
     round_trip_metric,
     start_metric,
     tcp_metric,
@@ -25,7 +28,7 @@ from benchmarks.peers import LARGE, NETSTACK, SMALL, TAP_LINK, VHOST_LINK
 if TYPE_CHECKING:
     from benchmarks.figures import Figures, Metric
 
-ISSUE_2, ISSUE_3 = "issue 2", "issue 3"
+ISSUE_2, ISSUE_3, ISSUE_4, ISSUE_5, ISSUE_6 = "issue 2", "issue 3", "issue 4", "issue 5", "issue 6"
 PACE = 2000  # connections a second
 MANY = 10_000  # idle connections
 
@@ -80,6 +83,18 @@ def _issue_2(metric: Metric, bound: float, *against: str, at_least: bool = True)
     return Target(metric.key, at_least, bound, against, ISSUE_2)
 
 
+def _dns(which: str, bound: float, *against: str, at_least: bool = False) -> Target:
+    return Target(dns_metric(which).key, at_least, bound, against, ISSUE_4, TAP_LINK)
+
+
+def _forward(which: str, bound: float, *against: str, at_least: bool = False, subject: str = NETSTACK) -> Target:
+    return Target(forward_metric(which).key, at_least, bound, against, ISSUE_5, subject)
+
+
+def _proxy(which: str, bound: float, *, at_least: bool = False, subject: str = NETSTACK) -> Target:
+    return Target(proxy_metric(which).key, at_least, bound, (), ISSUE_6, subject)
+
+
 _OWN_STREAM = "its stream link at MTU 65520"
 
 TARGETS: tuple[Target, ...] = (
@@ -122,6 +137,31 @@ TARGETS: tuple[Target, ...] = (
     _at_least(crr(16), 0.7, "passt"),
     *(_at_least(udp_most_metric(way), 1.0, subject=TAP_LINK) for way in ("up", "down")),
     *(_at_most(udp_metric(way, 0.5, "loss"), 0.1, subject=TAP_LINK) for way in ("up", "down")),
+    # DNS: answers of the gateway's own beside the same queries relayed to a caching dnsmasq on the host.
+    _dns("rate", 1.0, "dnsmasq", at_least=True),
+    _dns("rate", 8000, at_least=True),
+    _dns("cached", 1.0, "dnsmasq"),
+    _dns("added", 0.3),
+    _dns("flood.queries", 9900, at_least=True),  # the rest may have been lost before it came to us
+    _dns("flood", 64),
+    _dns("hosts", 1.0),
+    # Forwards. passt's is set against ours by what of a guest's own connection is left ("the same ratio").
+    _forward("tcp.in", 0.9, "slirp4netns", at_least=True),
+    _forward("tcp.in", 0.9, "slirp4netns", at_least=True, subject=TAP_LINK),
+    _forward("share", 0.9, "passt", at_least=True),
+    _forward("connect.p50", 300, subject=TAP_LINK),
+    _forward("udp.lost", 0.0, subject=TAP_LINK),
+    _forward("open", 2.0, subject=TAP_LINK),
+    # Two ticks of the clock that counts CPU time (USER_HZ): the difference of two counts is no more exact.
+    _forward("idle.cpu", 20, subject=TAP_LINK),
+    # The gateway's proxy. The bound of `many` is ours: "500 concurrent CONNECTs" names no time.
+    *(
+        _proxy(f"share.{way}", 0.6, at_least=True, subject=subject)
+        for subject in (TAP_LINK, NETSTACK)
+        for way in ("up", "down")
+    ),
+    *(_proxy("first.added", 1000, subject=subject) for subject in (TAP_LINK, NETSTACK)),
+    *(_proxy("many", 2.0, subject=subject) for subject in (TAP_LINK, NETSTACK)),
     # Many flows. The bounds of "without growth" are ours: 5 % of memory, 20 % of latency, 1 % of the rate.
     _at_least(pace_metric("rate", PACE), 0.99 * PACE),
     _at_most(pace_metric("failed", PACE), 0),

@@ -11,9 +11,10 @@ next round tries again. jeepney is imported once there is a bus to talk to, so a
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import trio
 
@@ -53,6 +54,44 @@ class Service:
         if reply.header.message_type is not MessageType.method_return:
             raise LookupError(f"{self._name}: {reply.body[0] if reply.body else 'no answer'}")
         return {name: value for name, (_, value) in reply.body[0].items()}
+
+
+Found = TypeVar("Found")
+
+
+class BusSource(ABC, Generic[Found]):
+    """A service that says whom the host asks. Until it was read once, and where it is not there, `found` is None.
+
+    When the service goes away, what it said last stays: a restart takes a second, and the connections of the host are
+    as they were.
+    """
+
+    def __init__(self, name: str, bus_name: str) -> None:
+        self.name = name
+        self.found: Found | None = None
+        self.problem = "not read yet"
+        self._bus_name = bus_name
+
+    @abstractmethod
+    async def read(self, service: Service) -> Found:
+        """Read everything. Raises LookupError when the service says no."""
+
+    async def run(self, changed: Callable[[], None]) -> None:
+        """Follow it until cancelled; `changed` is called after each change, of what keeps it from being read, too."""
+
+        async def read(service: Service) -> None:
+            found = await self.read(service)
+            self.problem = ""
+            if found != self.found:
+                self.found = found
+                changed()
+
+        def gone(reason: str) -> None:
+            if self.problem != reason:
+                self.problem = reason
+                changed()
+
+        await follow(self._bus_name, read, gone)
 
 
 async def follow(name: str, read: Callable[[Service], Awaitable[None]], gone: Callable[[str], None]) -> None:

@@ -18,24 +18,30 @@ same server; if that fails, it is the answer after all (RFC 7766 5). An OPT is a
 unless the server cannot read it: see `health`.
 
 A query that was signed by the guest leaves as it is, ID apart.
+
+A race is no task: ten thousand of them may be waiting for a server that is silent, and a task takes more memory than
+all the rest. It is told of answers and errors by `Datagrams` or by the task of a stream, and of the time by `Upstream`;
+`_advance` does what is due then, and says when it wants to be called next. `done` is called once, and that may be
+before begin() returns.
 """
 
 from __future__ import annotations
 
 import errno
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
+from netstack.core.timers import NEVER
 from netstack.dns.health import Health
 from netstack.dns.message import (
     BADVERS,
     EDE_INVALID_DATA,
     EDE_NETWORK,
     EDE_NO_AUTHORITY,
+    EDE_OTHER,
     FORMERR,
     NOERROR,
     NOTIMP,
@@ -63,6 +69,8 @@ _ROUNDS = (0.0, 1.0, 2.5)
 _SYSTEM = 1.5
 # Until the next server is asked as well, at most. Tailscale's head start is twice that.
 _STAGGER, _STAGGER_MIN = 0.25, 0.05
+# By TCP, TLS and HTTPS at a time: these have a task each, 5 KiB, and guests can bring about as many as they may ask.
+MAX_STREAM_QUERIES = 1024
 _FEW = 8  # servers of one scope that are asked for one query
 
 _UNREACHABLE = frozenset({errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EINVAL, errno.ENODEV})
@@ -81,19 +89,11 @@ class Answer(NamedTuple):
     """Why nobody answered, or nobody could help."""
 
 
-@dataclass(slots=True)
-class _Heard:
-    """Something happened to one of the tries."""
-
-    attempt: _Attempt
-    answer: bytes | None
-    error: OSError | None
-
-
 @dataclass(slots=True, eq=False)
 class _Attempt:
     """One try to ask one server."""
 
+    race: Race
     server: Server
     health: Health
     transport: str
@@ -107,66 +107,107 @@ class _Attempt:
     after: _Attempt | None = None
     """The try that failed in a way that this one may mend: by UDP for TCP, without an OPT for one with."""
 
+    def tell(self, answer: bytes | None, error: OSError | None) -> None:
+        """Here is what came of it."""
+        self.race.on_heard(self, answer, error)
+
 
 class Race:
-    """One query and the servers of one scope."""
+    """One query and the servers of one scope. `done` gets the answer."""
 
-    def __init__(self, upstream: Upstream, query: Query, scope: Scope, tcp: bool) -> None:
+    __slots__ = (
+        "_advancing", "_done", "_heard", "_plain", "_with_opt", "began_at", "fallback", "heap_at", "plan", "query",
+        "running", "scope", "spent", "tcp", "timer_at", "upstream", "useless", "why",
+    )  # fmt: skip
+
+    def __init__(
+        self, upstream: Upstream, query: Query, scope: Scope, tcp: bool, done: Callable[[Answer], None]
+    ) -> None:
         self.upstream = upstream
         self.query = query
         self.scope = scope
         self.tcp = tcp
         self.began_at = trio.current_time()
-        self.wires: dict[bool, bytes] = {}
+        self.timer_at = self.heap_at = NEVER
         self.running: list[_Attempt] = []
-        self.heard: deque[_Heard] = deque()
-        self.wake = trio.Event()
-        self.spent: set[Server] = set()
+        self.spent: list[Server] = []
         """Who will not be asked again: they said what they had to say."""
         self.useless: Answer | None = None
         self.fallback: tuple[_Attempt, bytes] | None = None
         self.why: list[Ede] = []
         servers = upstream.health.order(scope.servers, self.began_at)[:_FEW]
-        self.plan = deque(self._plan(servers))
+        self.plan = list(self._plan(servers))
+        self._done: Callable[[Answer], None] | None = done
+        self._with_opt = self._plain = b""
+        self._heard: list[tuple[_Attempt, bytes | None, OSError | None]] = []
+        self._advancing = False
 
     def begin(self) -> None:
-        """Ask the first server at once, before there is a task: that is 0.1 ms. run() must follow."""
-        if self.plan:
-            self._launch(self.plan.popleft()[2], self.began_at, again=False)
+        """Ask the first server."""
+        self._advance(self.began_at)
 
-    async def run(self) -> Answer:
-        upstream = self.upstream
-        plan = self.plan
-        end = self.began_at + upstream.deadline
-        now = self.began_at
-        try:
-            while True:
-                while plan and (plan[0][0] <= now or not self.running):
-                    # Nobody left to wait for: whoever is next is asked now.
-                    _, round_, server = plan.popleft()
-                    # The system is no second opinion: it would hear the same.
-                    if server not in self.spent and (server is not SYSTEM or self.useless is None):
-                        self._launch(server, now, again=round_ > 0)
-                if not self.running and not plan:
-                    break
-                if not self.heard:
-                    with trio.move_on_at(min(plan[0][0], end) if plan else end):
-                        await self.wake.wait()
-                    self.wake = trio.Event()
-                now = trio.current_time()
-                eager = False
-                while self.heard:
-                    answer = self._on_heard(self.heard.popleft(), now)
-                    if answer is not None:
-                        return answer
-                    eager = True
-                if now >= end:
-                    break
-                if eager:
-                    self._hurry(plan, now)
-        finally:
+    def stop(self) -> None:
+        """Nobody wants to know any more: `done` is not called."""
+        if self._done is not None:
+            self._done = None
             self._clean(trio.current_time())
-        return self._give_up()
+
+    def on_timer(self, now: float) -> None:
+        """What was due at timer_at is."""
+        self._advance(now)
+
+    def on_heard(self, attempt: _Attempt, answer: bytes | None, error: OSError | None) -> None:
+        """A try has come to its end. Untrusted."""
+        attempt.exchange = None  # nothing may go round in circles: the collector of these seldom runs
+        if attempt in self.running:
+            self._heard.append((attempt, answer, error))
+            if not self._advancing:
+                self._advance(trio.current_time())
+
+    def _advance(self, now: float) -> None:
+        """Do what is due. A bug in it must not end the network of all guests."""
+        self._advancing = True
+        try:
+            answer = self._step(now)
+        except Exception as error:
+            self.upstream.on_bug(self.query, error)
+            answer = Answer(b"", None, self.scope.key, "", ((EDE_OTHER, "internal error"),))
+        self._advancing = False
+        done = self._done
+        if answer is not None and done is not None:
+            self._done = None
+            self._clean(now)
+            done(answer)
+
+    def _step(self, now: float) -> Answer | None:
+        """Look at what was heard, ask whose turn it is; give the answer, if that is settled now."""
+        plan = self.plan
+        end = self.began_at + self.upstream.deadline
+        while True:
+            eager = False
+            while self._heard:
+                attempt, reply, error = self._heard.pop(0)
+                self.running.remove(attempt)
+                answer = self._on_heard(attempt, reply, error, now)
+                if answer is not None:
+                    return answer
+                eager = True
+            if now >= end:
+                return self._give_up()
+            if eager:
+                self._hurry(now)
+            while plan and (plan[0][0] <= now or not self.running):
+                # Nobody left to wait for: whoever is next is asked now.
+                _, round_, server = plan.pop(0)
+                # The system is no second opinion: it would hear the same.
+                if server not in self.spent and (server is not SYSTEM or self.useless is None):
+                    self._launch(server, now, again=round_ > 0)
+            if self._heard:
+                continue  # it failed at once
+            if not self.running and not plan:
+                return self._give_up()
+            self.upstream.wait(self, min(plan[0][0], end) if plan else end)
+            return None
 
     def _plan(self, servers: list[Server]) -> Iterator[tuple[float, int, Server]]:
         system = self.upstream.system
@@ -185,13 +226,13 @@ class Race:
                 usual = _STAGGER if health.round_trip is None else 4 * health.round_trip
                 at += min(max(usual, _STAGGER_MIN), _STAGGER)
 
-    def _hurry(self, plan: deque[tuple[float, int, Server]], now: float) -> None:
+    def _hurry(self, now: float) -> None:
         """Somebody cannot help: bring the next who was not asked yet forward."""
         busy = {attempt.server for attempt in self.running}
-        for index, (_, round_, server) in enumerate(plan):
+        for index, (_, round_, server) in enumerate(self.plan):
             if round_ == 0 and server not in self.spent and server not in busy:
-                del plan[index]
-                plan.appendleft((now, 0, server))
+                del self.plan[index]
+                self.plan.insert(0, (now, 0, server))
                 return
 
     # ---- asking ----------------------------------------------------------------------------------------------------
@@ -209,25 +250,27 @@ class Race:
         edns = health.plain_until <= now and not (again and not health.speaks_edns)
         if transport != "udp" and any(a.server == server and a.transport == transport for a in self.running):
             return  # streams lose nothing: to ask a second time says nothing new
-        self._start(_Attempt(server, health, transport, edns, now), now)
+        self._start(_Attempt(self, server, health, transport, edns, now))
 
-    def _start(self, attempt: _Attempt, now: float) -> None:
-        wire = self.wires.get(attempt.edns)
-        if wire is None:
-            wire = self.wires[attempt.edns] = write_query(self.query, edns=attempt.edns)
+    def _start(self, attempt: _Attempt) -> None:
+        if attempt.edns:
+            wire = self._with_opt = self._with_opt or write_query(self.query, edns=True)
+        else:
+            wire = self._plain = self._plain or write_query(self.query, edns=False)
         attempt.health.queries += 1
         self.upstream.counters["dns_upstream_queries"] += 1
         self.running.append(attempt)
         if attempt.transport == "udp":
             try:
-                attempt.exchange = self.upstream.datagrams.ask(
-                    attempt.server, wire, self.query.question, self._teller(attempt), now
-                )
+                attempt.exchange = self.upstream.datagrams.ask(attempt.server, wire, self.query.question, attempt.tell)
             except OSError as error:
-                self._tell(attempt, None, error)
-        else:
+                self.on_heard(attempt, None, error)
+        elif self.upstream.stream_queries < MAX_STREAM_QUERIES:
+            self.upstream.stream_queries += 1
             attempt.scope = trio.CancelScope()
             self.upstream.nursery.start_soon(self._ask_stream, attempt, wire, attempt.scope)
+        else:
+            self.on_heard(attempt, None, OSError(errno.EAGAIN, "too many queries by TCP at once"))
 
     async def _ask_stream(self, attempt: _Attempt, wire: bytes, scope: trio.CancelScope) -> None:
         ask = self.upstream.https.ask if attempt.transport == "https" else self.upstream.streams.ask
@@ -238,54 +281,44 @@ class Race:
             server = server._replace(transport="tcp")
         with scope:
             try:
-                self._tell(attempt, await ask(server, wire, self.query.question), None)
+                attempt.tell(await ask(server, wire, self.query.question), None)
             except OSError as error:
-                self._tell(attempt, None, error)
+                attempt.tell(None, error)
             except Exception as error:  # of a library: this task's end must not be that of the network
-                self._tell(attempt, None, OSError(errno.EPROTO, repr(error)))
-
-    def _teller(self, attempt: _Attempt) -> Callable[[bytes | None, OSError | None], None]:
-        return lambda answer, error: self._tell(attempt, answer, error)
-
-    def _tell(self, attempt: _Attempt, answer: bytes | None, error: OSError | None) -> None:
-        self.heard.append(_Heard(attempt, answer, error))
-        self.wake.set()
+                attempt.tell(None, OSError(errno.EPROTO, repr(error)))
+            finally:
+                self.upstream.stream_queries -= 1
 
     # ---- what comes back -------------------------------------------------------------------------------------------
 
-    def _on_heard(self, heard: _Heard, now: float) -> Answer | None:
+    def _on_heard(self, attempt: _Attempt, answer: bytes | None, error: OSError | None, now: float) -> Answer | None:
         """Give the answer, if this settles it. Untrusted."""
-        attempt = heard.attempt
-        if attempt not in self.running:
+        if answer is None:
+            self._on_error(attempt, error, now)
             return None
-        self.running.remove(attempt)
-        if heard.answer is None:
-            self._on_error(attempt, heard.error, now)
-            return None
-        answer = heard.answer
         health = attempt.health
         health.on_answer(now - attempt.began_at if attempt.transport == "udp" else None)
         rcode = rcode_of(answer)
         if rcode in (FORMERR, NOTIMP) and attempt.edns and not self.query.signed:
-            self._start(_Attempt(attempt.server, health, attempt.transport, False, now, after=attempt), now)
+            self._start(_Attempt(self, attempt.server, health, attempt.transport, False, now, after=attempt))
             return None
         if flags_of(answer) & TC and attempt.transport == "udp":
             self.fallback = self.fallback or (attempt, answer)
-            self._start(_Attempt(attempt.server, health, "tcp", attempt.edns, now, truncated=answer), now)
+            self._start(_Attempt(self, attempt.server, health, "tcp", attempt.edns, now, truncated=answer))
             return None
         reply = parse_reply(answer, self.query.question, trust_ad=_trusts(attempt.server))
         if reply is None:
             self._say(attempt, "an answer that cannot be read", EDE_INVALID_DATA)
-            self.spent.add(attempt.server)
+            self.spent.append(attempt.server)
             return None
         if reply.rcode == BADVERS and attempt.edns and not self.query.signed:
-            self._start(_Attempt(attempt.server, health, attempt.transport, False, now, after=attempt), now)
+            self._start(_Attempt(self, attempt.server, health, attempt.transport, False, now, after=attempt))
             return None
         self._learn_edns(attempt, rcode, now)
         found = Answer(answer, reply, self.scope.key, str(attempt.server), reply.ede)
         if reply.rcode in (NOERROR, NXDOMAIN):
             return found
-        self.spent.add(attempt.server)
+        self.spent.append(attempt.server)
         self.useless = self.useless or found
         return None
 
@@ -305,17 +338,17 @@ class Race:
         server, health = attempt.server, attempt.health
         if attempt.transport == "tcp" and server.transport == "udp" and USE_VC not in server.options:
             if attempt.truncated:
-                self.spent.add(server)  # what it said by UDP is all that it says
+                self.spent.append(server)  # what it said by UDP is all that it says
                 return
             # There are nameservers without TCP, in home routers above all. What they say by UDP says itself whether it
             # is all.
-            self._start(_Attempt(server, health, "udp", attempt.edns, now, after=attempt), now)
+            self._start(_Attempt(self, server, health, "udp", attempt.edns, now, after=attempt))
         elif attempt.transport == "tls" and OPPORTUNISTIC in server.options:
             health.on_no_tls(now)
             clear = _in_the_clear(server)
-            self._start(_Attempt(clear, self.upstream.health.of(clear), "udp", attempt.edns, now, after=attempt), now)
+            self._start(_Attempt(self, clear, self.upstream.health.of(clear), "udp", attempt.edns, now, after=attempt))
         elif code not in OUR_ERRORS:
-            self.spent.add(server)
+            self.spent.append(server)
             if code in _UNREACHABLE or attempt.transport != "udp":
                 health.on_dead(now)
 
@@ -327,6 +360,7 @@ class Race:
 
     def _clean(self, now: float) -> None:
         """Stop what still runs; who has had its time without an answer has missed it."""
+        self.upstream.timers.cancel(self)
         silent = set()
         for attempt in self.running:
             health = attempt.health
@@ -336,8 +370,11 @@ class Race:
                 health.on_miss(now)
             if attempt.exchange is not None:
                 self.upstream.datagrams.close(attempt.exchange)
+                attempt.exchange = None
             if attempt.scope is not None:
                 attempt.scope.cancel()
+        self.running = []
+        self.fallback = None
 
     def _give_up(self) -> Answer:
         if self.fallback is not None:

@@ -5,15 +5,18 @@ Theory of operation
 This front knows nothing about where answers come from: it has a Resolver, which has two verbs. `known` gives what can
 be answered at once, from local names and the cache; that is most of it, and takes no task, no wait and no bookkeeping:
 a datagram is answered within the call that brought it, and leaves with everything else that the guest's batch of frames
-brings about. `resolve` finds out the rest, and calls back.
+brings about. `resolve` finds out the rest, and calls back. What was answered in the same second already is `remembered`
+by its bytes, and the stack asks for that before it makes a Datagram (`core.udp_services`).
 
 What the front does itself is to turn away what is no query, to keep the number of queries in flight within bounds, to
 hold answers by UDP to the size that the guest takes, and to speak TCP, where answers leave in the order in which they
 are ready (RFC 7766 6.2.1.1).
 
-Bounds: queries in flight for each guest, and in all; beyond that the answer is SERVFAIL, at once, so that the guest's
-resolver tries again later and holds nothing here. TCP connections for each guest and in all; beyond that they are
-closed. A guest that does not read its answers holds its own queries up, and after a while its connection is closed.
+Bounds: queries in flight for each guest, and in all; beyond that the answer is SERVFAIL, at once, with an extended
+error that says so, so that the guest's resolver tries again later and holds nothing here. One by UDP costs some 3 KiB;
+one by TCP may have an answer of 64 KiB that waits for the guest to read, so of these there are fewer. TCP connections
+for each guest and in all; beyond that they are closed. A guest that does not read its answers holds its own queries up,
+and after a while its connection is closed.
 """
 
 from __future__ import annotations
@@ -44,9 +47,12 @@ from netstack.dns.replies import truncate
 
 PORT = 53
 
-# Twice what dnsmasq has in flight to one group of servers: a guest may be a resolver for many others.
-MAX_QUERIES_OF_GUEST = 256
-MAX_QUERIES = 1024
+# A guest may be a resolver for many others, and ask for ten thousand names while a server is silent. What one has left
+# is for the others. [limits] may say otherwise.
+MAX_QUERIES_OF_GUEST = 10_000
+MAX_QUERIES = 16_384
+MAX_TCP_QUERIES_OF_GUEST = 256
+MAX_TCP_QUERIES = 1024
 
 MAX_CONNECTIONS_OF_GUEST = 32
 MAX_CONNECTIONS = 128
@@ -81,7 +87,7 @@ class Resolver(Protocol):
         ...
 
     def resolve(self, query: Query, reply: Callable[[bytes], None]) -> None:
-        """Find the answer, and call `reply` with it, once, later. No answer is one too: SERVFAIL."""
+        """Find the answer, and call `reply` with it, once, now or later. No answer is one too: SERVFAIL."""
         ...
 
 
@@ -128,32 +134,40 @@ class DnsServer:
         self.resolver = resolver
         self.counters: Counter[str] = Counter()
         self.queries = _Quota(MAX_QUERIES_OF_GUEST, MAX_QUERIES)
+        self.tcp_queries = _Quota(MAX_TCP_QUERIES_OF_GUEST, MAX_TCP_QUERIES)
         self.connections = _Quota(MAX_CONNECTIONS_OF_GUEST, MAX_CONNECTIONS)
         self._nursery = nursery
         self._reply = reply
         self._flush = flush
         self._events = events
 
+    def answer_again(self, wire: bytes, guest: bytes) -> bytes | None:
+        """The answer to a datagram, where it was given lately: the stack's short way. Untrusted.
+
+        What there is None for goes to on_datagram().
+        """
+        try:
+            answer = self.resolver.remembered(wire, guest)
+        except Exception:  # a bug: let the longer way report it
+            return None
+        if answer is not None:
+            self.counters["dns_udp_queries"] += 1
+        return answer
+
     def on_datagram(self, datagram: Datagram, now: float) -> None:
         """Take a datagram from a guest to port 53. Untrusted. The answer goes out now or later."""
         self.counters["dns_udp_queries"] += 1
         wire = bytes(datagram.payload)
-        try:
-            known = self.resolver.remembered(wire, datagram.src)
-        except Exception:  # a bug: let the longer way report it
-            known = None
-        if known is not None:
-            self._reply(datagram, known)
-            return
         query = parse_query(wire, guest=datagram.src)
         answer = self._begin(query, wire)
         if answer is None:
             assert isinstance(query, Query)  # anything else was answered
-            if self._admit(datagram.link):
+            refusal = self._admit(self.queries, datagram.link, query)
+            if not refusal:
                 query = query._replace(link=datagram.link)
                 self._resolve(query, partial(self._on_answer, datagram, query))
                 return
-            answer = _too_many(query)
+            answer = refusal
         if answer:
             if isinstance(query, Query):
                 answer = _fit(self, query, answer)
@@ -204,13 +218,16 @@ class DnsServer:
             self._events.warning("dns_failed", "a DNS query failed", error=repr(error), query=query.wire.hex())
         return write_error(query.wire, SERVFAIL)
 
-    def _admit(self, guest: object) -> bool:
-        if self.queries.take(guest):
-            return True
+    def _admit(self, quota: _Quota, guest: object, query: Query) -> bytes:
+        """Count one more in flight; empty where that is allowed, else what to answer."""
+        if quota.take(guest):
+            return b""
         self.counters["dns_too_many"] += 1
+        whose, limit = ("this guest", quota.of_each) if quota.total < quota.of_all else ("all guests", quota.of_all)
+        words = f"too many queries at once: {limit} of {whose} are in flight"
         if self._events is not None:
-            self._events.warning("dns_too_many", "too many DNS queries at once: answering SERVFAIL")
-        return False
+            self._events.warning("dns_too_many", "too many DNS queries at once: answering SERVFAIL", limit=limit)
+        return write_error(query.wire, SERVFAIL, ((EDE_OTHER, words),))
 
     def _on_answer(self, datagram: Datagram, query: Query, answer: bytes) -> None:
         """The resolver has found out."""
@@ -225,10 +242,6 @@ def _fit(server: DnsServer, query: Query, answer: bytes) -> bytes:
         return answer
     server.counters["dns_truncated"] += 1
     return truncate(answer, query, limit)
-
-
-def _too_many(query: Query) -> bytes:
-    return write_error(query.wire, SERVFAIL, ((EDE_OTHER, "too many queries at once"),))
 
 
 class _Connection:
@@ -294,12 +307,13 @@ class _Connection:
         answer = server._begin(query, wire)
         if answer is None:
             assert isinstance(query, Query)  # anything else was answered
-            if server._admit(self._guest):
+            refusal = server._admit(server.tcp_queries, self._guest, query)
+            if not refusal:
                 self._in_flight += 1
                 query = query._replace(link=self._guest)
                 server._resolve(query, partial(self._on_answer, nursery, query))
                 return
-            answer = _too_many(query)
+            answer = refusal
         if answer:
             # Sent from here: a guest that asks without reading is not read from either.
             await self._send(answer, query)
@@ -322,7 +336,7 @@ class _Connection:
     def _finish(self) -> None:
         """A query has got what it gets."""
         self._in_flight -= 1
-        self._server.queries.give_back(self._guest)
+        self._server.tcp_queries.give_back(self._guest)
         if not self._in_flight:
             self._idle.set()
 

@@ -16,11 +16,11 @@ and without a default route.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from netstack.dns.dbus import Service, follow
+from netstack.dns.dbus import BusSource, Service
 from netstack.dns.routes import HOST_RANK, ROOT, Scope, Server, pack_address
 
 NAME = "org.freedesktop.NetworkManager"
@@ -122,30 +122,14 @@ def _read_default_routes() -> set[str]:
     return parse_default_routes(*texts)
 
 
-class NetworkManagerSource:
-    """Follows NetworkManager. Until it was read once, and where it is not there, `found` is None."""
+class NetworkManagerSource(BusSource[NetworkManager]):
+    """Follows NetworkManager."""
 
     def __init__(self) -> None:
-        self.name = "NetworkManager"
-        self.found: NetworkManager | None = None
-        self.problem = "not read yet"
+        super().__init__("NetworkManager", NAME)
 
-    async def run(self, changed: Callable[[], None]) -> None:
-        async def read(service: Service) -> None:
-            properties = await service.properties(*_DNS_MANAGER)
-            found = parse_networkmanager(properties, _read_default_routes())
-            self.problem = ""
-            if found != self.found:
-                self.found = found
-                changed()
-
-        def gone(reason: str) -> None:
-            # It is not asked for names itself, so when it ends its connections stay as they are, and what it said too.
-            if self.problem != reason:
-                self.problem = reason
-                changed()
-
-        await follow(NAME, read, gone)
+    async def read(self, service: Service) -> NetworkManager:
+        return parse_networkmanager(await service.properties(*_DNS_MANAGER), _read_default_routes())
 
     def current(self) -> list[Scope]:
         return list(self.found.scopes) if self.found is not None else []

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from netstack.dns.dbus import Service, follow
+from netstack.dns.dbus import BusSource, Service
 from netstack.dns.routes import FALLBACK_RANK, ROOT, Scope, Server
 
 NAME = "org.freedesktop.resolve1"
@@ -123,36 +123,21 @@ def _policy_of(places: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
     return ""
 
 
-class ResolvedSource:
-    """Follows systemd-resolved. Until it was read once, and where it is not there, `found` is None."""
+class ResolvedSource(BusSource[Resolved]):
+    """Follows systemd-resolved."""
 
     def __init__(self) -> None:
-        self.name = "systemd-resolved"
-        self.found: Resolved | None = None
-        self.problem = "not read yet"
+        super().__init__("systemd-resolved", NAME)
 
-    async def run(self, changed: Callable[[], None]) -> None:
-        async def read(service: Service) -> None:
-            manager = await service.properties(*_MANAGER)
-            links = {}
-            for ifindex in links_of(manager):
-                try:
-                    links[ifindex] = await service.properties(link_path(ifindex), _LINK_INTERFACE)
-                except LookupError:
-                    continue  # gone meanwhile
-            found = parse_resolved(manager, links, _names_of(links))
-            self.problem = ""
-            if found != self.found:
-                self.found = found
-                changed()
-
-        def gone(reason: str) -> None:
-            # What it said last stays: a restart takes a second, and its stub would not answer either.
-            if self.problem != reason:
-                self.problem = reason
-                changed()
-
-        await follow(NAME, read, gone)
+    async def read(self, service: Service) -> Resolved:
+        manager = await service.properties(*_MANAGER)
+        links = {}
+        for ifindex in links_of(manager):
+            try:
+                links[ifindex] = await service.properties(link_path(ifindex), _LINK_INTERFACE)
+            except LookupError:
+                continue  # gone meanwhile
+        return parse_resolved(manager, links, _names_of(links))
 
     def current(self) -> list[Scope]:
         return list(self.found.scopes) if self.found is not None else []

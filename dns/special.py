@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from netstack.dns.answers import TYPE_NS, TYPE_SOA, AnswerWriter, Labels, to_labels
+from netstack.dns.answers import TTL, TYPE_NS, TYPE_SOA, AnswerWriter, Labels, to_labels
 from netstack.dns.message import CLASS_IN, NOERROR, NXDOMAIN, TYPE_ANY, Question
 
 # RFC 6303 4.1 to 4.6, RFC 7793, RFC 8880 apart. The last two are link-local addresses, which mDNS knows (RFC 6762 4).
@@ -55,8 +55,8 @@ _LOCALHOST_REVERSE = {to_labels("1.0.0.127.in-addr.arpa"), to_labels(f"1.{_NIBBL
 _LOCALHOST = (b"\x7f\0\0\1", bytes(15) + b"\1")
 _TLDS = _NEVER | {b"localhost", b"localdomain", b"test", b"internal", b"arpa", b"local"}
 
-# RFC 6303 3: these zones stay as they are.
-_ZONE_TTL = 300
+# Names that are never there stay so. What a VPN may claim a moment later must not be kept by guests until then.
+_NEVER_TTL = 300
 
 
 @dataclass(slots=True)
@@ -105,14 +105,13 @@ class SpecialNames:
 
     def _deny(self, query: bytes, question: Question, zone: Labels, *, exists: bool = False) -> bytes:
         """Say that there is no such name, or at the zone's top no such record."""
+        ttl = _NEVER_TTL if zone[-1] in _NEVER else TTL
         if question.labels != zone:
             rcode = NOERROR if exists else NXDOMAIN
-            return self.writer.write(query, question, rcode, zone=zone, negative_ttl=_ZONE_TTL)
+            return self.writer.write(query, question, rcode, zone=zone, negative_ttl=ttl)
         records = [(kind, zone) for kind in (TYPE_SOA, TYPE_NS) if question.type in (kind, TYPE_ANY)]
         rcode = NXDOMAIN if zone == (b"local",) and not records else NOERROR
-        return self.writer.write(
-            query, question, rcode, tuple(records), zone=zone, ttl=_ZONE_TTL, negative_ttl=_ZONE_TTL
-        )
+        return self.writer.write(query, question, rcode, tuple(records), zone=zone, ttl=ttl, negative_ttl=ttl)
 
 
 def _find_zone(labels: Labels, *, mdns: bool) -> Labels | None:

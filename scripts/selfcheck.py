@@ -41,6 +41,8 @@ def main() -> None:
         assert sources not in Path(file).resolve().parents, f"{name} came from the sources: {file}"
     installed = Path(importlib.import_module("netstack").__path__[0])
     assert (installed / "py.typed").is_file(), "py.typed is not installed: type checkers would ignore netstack"
+    page = importlib.import_module("netstack.control.dashboard").dashboard_page()[0]
+    assert page.startswith(b"<!doctype html>"), "the dashboard's page is not installed"
     print(f"netstack {version('netstack')}: all {len(modules)} modules import from {installed}")
 
 

@@ -23,9 +23,11 @@ esac
 
 # The guest:                             its user land and the tools that make its initramfs; its kernel is below
 # Namespaces, traffic and measurements:  iproute2 iputils-ping ethtool iperf3 procps, gcc for the benchmarks' relay
+# A guest that forwards to its own:      nftables, whose service Debian leaves switched off
 # Other implementations, to test and measure against: passt slirp4netns vde2 dnsmasq isc-dhcp-client tshark
-packages="$qemu busybox-static kmod cpio iproute2 iputils-ping ethtool iperf3 procps gcc libc6-dev
-    passt slirp4netns vde2 dnsmasq-base isc-dhcp-client tshark"
+# A server for the guest, and its client on the host: dropbear-bin (the program without a service) openssh-client
+packages="$qemu busybox-static kmod cpio iproute2 iputils-ping ethtool iperf3 procps gcc libc6-dev nftables iptables
+    passt slirp4netns vde2 dnsmasq-base isc-dhcp-client tshark dropbear-bin openssh-client"
 
 # Daemons that would take the machine's own network over when installed are unpacked into .cache, and run in namespaces
 # only. Their libraries that a small machine may lack are unpacked with them.
@@ -33,9 +35,15 @@ resolved="systemd-resolved"
 networkmanager="network-manager libnm0 libndp0 libjansson4 libpsl5"
 packages="$packages dbus-daemon"
 
-# Daemons that are run in namespaces only, and are kept from starting: now, and when the machine boots.
+# The host's proxies of the tests: unpacked, too, since they would start with the machine. What uses them: curl wget
+proxies="squid squid-common libecap3 libltdl7 tinyproxy-bin microsocks"
+# And the desktop's settings: libglib2.0-bin (gsettings)
+packages="$packages curl wget libglib2.0-bin"
+
+# Nameservers, to test and measure against: unpacked with all that they need and this machine has not got.
 daemons="avahi-daemon unbound knot"
-packages="$packages $daemons dnsperf knot-dnsutils"
+# What asks them; and musl, whose resolver is another one than glibc's: dnsperf knot-dnsutils musl-tools
+packages="$packages dnsperf knot-dnsutils musl-tools"
 
 # shellcheck disable=SC1091
 . /etc/os-release
@@ -60,6 +68,10 @@ find_missing() { # sets $missing; one call of dpkg-query, because this runs befo
     [ -d .cache/resolved ] || [ -x /usr/lib/systemd/systemd-resolved ] || [ -x /lib/systemd/systemd-resolved ] ||
         missing="$missing $resolved"
     [ -d .cache/networkmanager ] || [ -x /usr/sbin/NetworkManager ] || missing="$missing $networkmanager"
+    [ -d .cache/proxies ] || missing="$missing $proxies"
+    [ -d .cache/daemons ] ||
+        { [ -x /usr/sbin/avahi-daemon ] && [ -x /usr/sbin/unbound ] && [ -x /usr/sbin/knotd ]; } ||
+        missing="$missing $daemons"
     missing=${missing# }
 }
 
@@ -73,6 +85,23 @@ unpack() { # the packages into .cache/$1
     for file in "$fresh"/*.deb; do dpkg-deb -x "$file" "$fresh" || return 1; done
     rm -f "$fresh"/*.deb
     rm -rf ".cache/$folder"
+    mv "$fresh" ".cache/$folder"
+}
+
+unpack_with_libraries() { # the packages into .cache/$1, and with them what apt would install besides
+    folder=$1
+    shift
+    fresh=$PWD/.cache/$folder.new
+    rm -rf "$fresh"
+    mkdir -p "$fresh/archives/partial"
+    apt-get -yqq --no-install-recommends --download-only -o Dir::Cache::archives="$fresh/archives" \
+        -o APT::Sandbox::User=root install "$@" </dev/null || return 1
+    for file in "$fresh"/archives/*.deb; do
+        # There is none where all are installed already.
+        [ -e "$file" ] || continue
+        dpkg-deb -x "$file" "$fresh" || return 1
+    done
+    rm -rf "$fresh/archives" ".cache/$folder"
     mv "$fresh" ".cache/$folder"
 }
 
@@ -121,7 +150,11 @@ install_missing() {
     case " $missing " in *" $resolved "*) unpack resolved $resolved >>"$log" 2>&1 || : ;; esac
     # shellcheck disable=SC2086
     case " $missing " in *" $networkmanager "*) unpack networkmanager $networkmanager >>"$log" 2>&1 || : ;; esac
-    unpacked=" $resolved $networkmanager "
+    # shellcheck disable=SC2086
+    case " $missing " in *" $proxies "*) unpack proxies $proxies >>"$log" 2>&1 || : ;; esac
+    # shellcheck disable=SC2086
+    case " $missing " in *" $daemons "*) unpack_with_libraries daemons $daemons >>"$log" 2>&1 || : ;; esac
+    unpacked=" $resolved $networkmanager $proxies $daemons "
     wanted=
     for package in $missing; do
         case $unpacked in *" $package "*) ;; *) wanted="$wanted $package" ;; esac
@@ -148,15 +181,7 @@ install_quietly() {
         printf '#!/bin/sh\nexit 101\n' >$policy
         chmod 755 $policy
     fi
-    status=0
-    apt install "$@" || status=1
-    if command -v systemctl >/dev/null 2>&1; then
-        for daemon in $daemons; do
-            # Only what came just now: a daemon that was here before is its owner's.
-            case " $* " in *" $daemon "*) systemctl disable "$daemon.service" "$daemon.socket" >>"$log" 2>&1 || : ;; esac
-        done
-    fi
-    return $status
+    apt install "$@"
 }
 
 find_missing

@@ -15,6 +15,7 @@ from functools import cache
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.lab.daemons import find_unpacked
 from tests.lab.initramfs import LabUnavailableError
 from tests.lab.namespaces import check_namespaces
 
@@ -25,6 +26,10 @@ settings.register_profile(
     "deep", max_examples=20_000, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+# A network follows the proxies of its host, and would send what tests ask for to a developer's own.
+for _name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+    del os.environ[_name]
 
 
 def _without_root() -> str | None:
@@ -54,6 +59,9 @@ ABILITIES = {"root": _without_root, "netns": _without_namespaces, "tun": _withou
 DEBIAN_PACKAGES = {
     "qemu-system-x86_64": "qemu-system-x86",
     "busybox": "busybox-static",
+    "gsettings": "libglib2.0-bin",
+    "musl-gcc": "musl-tools",
+    "nft": "nftables",
     "ip": "iproute2",
     "unshare": "util-linux",
     "vde_switch": "vde2",
@@ -62,6 +70,9 @@ DEBIAN_PACKAGES = {
     "knotd": "knot",
     "kdig": "knot-dnsutils",
     "dhclient": "isc-dhcp-client",
+    "dropbear": "dropbear-bin",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
     "ping": "iputils-ping",
     "pasta": "passt",
 }
@@ -73,7 +84,7 @@ def lacking(what: str) -> str | None:
     if what in ABILITIES:
         missing = ABILITIES[what]()
         return missing and f"needs {missing}"
-    if shutil.which(what) or shutil.which(what, path="/usr/sbin:/sbin"):
+    if shutil.which(what) or shutil.which(what, path="/usr/sbin:/sbin") or find_unpacked(what):
         return None
     return f"needs {what} (Debian package {DEBIAN_PACKAGES.get(what, what)})"
 

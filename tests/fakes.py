@@ -21,6 +21,7 @@ from netstack.core.ports import (
     WRITABLE,
     Buffer,
     Capture,
+    DatagramListener,
     DrainWaiter,
     Handler,
     HostSocket,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _FIRST_FD = 10
+MSG_PEEK = 2  # socket.MSG_PEEK, as core.tcp has it
 
 
 def oserror(number: int) -> OSError:
@@ -143,7 +145,7 @@ class FakeSocket:
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         self._use()
         assert nbytes > 0
-        assert flags == 0
+        assert flags in (0, MSG_PEEK)
         view = memoryview(buffer).cast("B")
         assert nbytes <= len(view)
         if not self.inbox:
@@ -152,7 +154,8 @@ class FakeSocket:
             raise BlockingIOError(errno.EAGAIN, "empty")
         n = min(nbytes, len(self.inbox))
         view[:n] = self.inbox[:n]
-        del self.inbox[:n]
+        if flags != MSG_PEEK:
+            del self.inbox[:n]
         return n
 
     def recvmsg_into(self, buffers: list[memoryview], /) -> tuple[int, Any, int, Any]:
@@ -206,6 +209,10 @@ class FakeHost:
         self.sockets.append(sock)
         return sock
 
+    def is_connected(self, sock: HostSocket) -> bool:
+        assert isinstance(sock, FakeSocket)
+        return sock.connected
+
     def connect_error(self, sock: HostSocket) -> int:
         assert isinstance(sock, FakeSocket)
         assert not sock.closed
@@ -219,6 +226,9 @@ class FakeHost:
     def open_udp(self, address: bytes, port: int) -> FakeDatagramSocket:
         self.opened.append(("udp", address, port))
         return self._datagram()
+
+    def listen_udp(self, host: str, port: int) -> Sequence[DatagramListener]:
+        raise NotImplementedError
 
     def open_ping(self, address: bytes) -> FakeDatagramSocket:
         self.opened.append(("ping", address, 0))

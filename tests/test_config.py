@@ -35,6 +35,11 @@ mac = "52-54-00-AA-BB-01"
 address = "10.1.2.20"
 address6 = "fd12:3456::20"
 
+[[publish]]
+spec = "0.0.0.0:8080-8082:web:80-82"
+on_conflict = "loopback"
+source = "gateway"
+
 [dns]
 upstreams = ["tls://192.0.2.9#dns.example", "https://dns.example/dns-query"]
 nameservers = ["192.0.2.1", "[2001:db8::1]:5353"]
@@ -81,12 +86,26 @@ def problem(tmp_path: Path, text: str, **flags: Any) -> str:
     return message.replace(str(tmp_path), "DIR")
 
 
+HOST_GUEST = "[[guest]]\nname = '{0}'\nmac = '52:54:00:00:00:0{1}'\naddress = '{2}'\n"
+
+
+def test_a_guest_may_have_the_hosts_address_in_whatever_network(tmp_path: Path) -> None:
+    config = load(tmp_path, HOST_GUEST.format("a", 1, "host"))
+    assert config.guest[0].address == "host"
+    words = problem(tmp_path, HOST_GUEST.format("a", 1, "host") + HOST_GUEST.format("b", 2, "host"))
+    assert words == "DIR/n.toml:8: guest[2].address: host belongs to guest 'a' already"
+    words = problem(tmp_path, HOST_GUEST.format("a", 1, "hosts"))
+    assert 'hosts must be an IPv4 address such as 192.168.5.20, or "host" for the host\'s own' in words
+
+
 def test_a_complete_file(tmp_path: Path) -> None:
     config = load(tmp_path, COMPLETE)
     assert config.network.mtu == 1500
     assert not config.network.host_loopback
     assert [link.uri for link in config.link] == ["unix:///run/a.sock", "vde:///run/b.ctl"]
     assert config.guest[0].mac == "52:54:00:aa:bb:01"
+    assert config.publish[0].spec == "0.0.0.0:8080-8082:web:80-82"
+    assert (config.publish[0].on_conflict, config.publish[0].source) == ("loopback", "gateway")
     assert config.dns.nameservers == ("192.0.2.1", "[2001:db8::1]:5353")
     assert config.dns.upstreams == ("tls://192.0.2.9#dns.example", "https://dns.example/dns-query")
     assert (config.dns.source, config.dns.encryption) == ("resolved", "opportunistic")
@@ -184,12 +203,24 @@ def test_auto_takes_the_network_it_is_given() -> None:
         ("[dns]\nnameservers = ['one.one.one.one']", "must be the address of a nameserver"),
         ("[dns]\nnameservers = ['192.0.2.1:0']", "has the port 0"),
         ("[dns]\nsearch = ['a b']", "DIR/n.toml:2: dns.search[1]: a b must be a host name"),
+        ("[dns]\ndns64 = '64:ff9b::/95'", "DIR/n.toml:2: dns.dns64: 64:ff9b::/95 must have one of the lengths"),
+        ("[dns]\nrebind_allow = ['a b']", "DIR/n.toml:2: dns.rebind_allow[1]: a b must be a domain"),
+        ("[limits]\ndns_queries = 1", "DIR/n.toml:2: limits.dns_queries: "),
         ("[api]\nlisten = ['tcp://0.0.0.0:80']", "served on loopback only"),
         ("[pcap]\nmax_size = '1 MB'", "must be a number of bytes, such as 500M"),
         ("[limits]\nflows = 0", "DIR/n.toml:2: limits.flows: 0 must be 16 or more"),
         ("[log]\nlevel = 'loud'", "DIR/n.toml:2: log.level: loud must be 'debug', 'info', 'warning' or 'error'"),
-        ("[[publish]]\nx = 1", "DIR/n.toml:1: publish comes with a later version"),
-        ("[proxy]\nx = 1", "DIR/n.toml:1: proxy comes with a later version"),
+        ("[[publish]]\nx = 1", "DIR/n.toml:1: publish[1].spec is missing"),
+        ("[publish]\nspec = '1:2'", "DIR/n.toml:1: publish: "),
+        ("[[publish]]\nspec = '80'", "DIR/n.toml:2: publish[1].spec: 80: which port of the host?"),
+        (
+            "[[publish]]\nspec = '1:2'\n[[publish]]\nspec = '127.0.0.1:1:b:3'",
+            "DIR/n.toml:4: publish[2].spec: 127.0.0.1:1:b:3: publish[1] takes 127.0.0.1:1/tcp already",
+        ),
+        ("[[publish]]\nspec = '1:192.168.5.2:2'", "DIR/n.toml:2: publish[1].spec: 1:192.168.5.2:2: 192.168.5.2 is the"),
+        ("[[publish]]\nspec = '1:2'\non_conflict = 'x'", "DIR/n.toml:3: publish[1].on_conflict: x must be 'error', "),
+        ("[proxy]\nhtpt = 1", "DIR/n.toml:2: unknown key 'htpt' in proxy; did you mean http?"),
+        ('[proxy]\nhttp = "ftp://u:pw@p"', "DIR/n.toml:2: proxy.http: has a scheme that is no proxy's"),
         ("[dns]\nupstreams = ['192.0.2.1',\n'tls://x']", "DIR/n.toml:2: dns.upstreams[2]: tls://x must be the address"),
         ("[dns]\nnameservers = ['tls://192.0.2.1']", "what has a :// goes into dns.upstreams"),
         ("[dns]\nsource = 'dig'", "DIR/n.toml:2: dns.source: dig must be 'auto', 'resolved', "),
@@ -478,3 +509,20 @@ def test_the_lines_of_keys() -> None:
     assert ("fake",) not in lines
     assert line_of(("t", "x y", "u", "w", 0), lines) == lines["t", "x y", "u"]
     assert line_of(("nowhere",), lines) is None
+
+
+def test_forwards_of_flags_join_those_of_the_file_and_replace_those_of_the_same_port(tmp_path: Path) -> None:
+    file = tmp_path / "n.toml"
+    file.write_text("[[publish]]\nspec = '8080:80'\non_conflict = 'next'\n[[publish]]\nspec = '8081:web:81'\n")
+    config = Config.from_flags(file, publish=["127.0.0.1:8080:web:8000", "8080:80/udp", "0:22", "0:22"])
+    assert [(table.spec, table.on_conflict) for table in config.publish] == [
+        ("127.0.0.1:8080:web:8000", "error"),
+        ("8081:web:81", "error"),
+        ("8080:80/udp", "error"),
+        ("0:22", "error"),
+        ("0:22", "error"),
+    ]
+    with pytest.raises(ConfigError, match=r"^-p 8082-8083:1: 2 ports of the host cannot lead to 1"):
+        Config.from_flags(file, publish=["8082-8083:1"])
+    with pytest.raises(ConfigError, match=r"^-p 8082:1: publish\[3\] takes"):
+        Config.from_flags(file, publish=["8082:2", "8082:1"])

@@ -30,7 +30,24 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # In the order of --help. The value is a module in this package, whose `app` is the command or the group of commands.
-COMMANDS = {name: name for name in ("run", "qemu", "exec", "status", "dns", "pcap", "doctor")}
+COMMANDS = {
+    name: name
+    for name in (
+        "run",
+        "qemu",
+        "exec",
+        "status",
+        "top",
+        "leases",
+        "flows",
+        "publish",
+        "connect",
+        "dns",
+        "proxy",
+        "pcap",
+        "doctor",
+    )
+}
 
 
 class LazyGroup(TyperGroup):
@@ -132,6 +149,7 @@ def _run(given: Sequence[str]) -> int:
 def _explain(error: Exception) -> int:
     """Say in one line why a command ended, and return its exit status; raise what can only be a bug."""
     from netstack.config.problems import ConfigError
+    from netstack.core.forwards import ForwardError
 
     first, *others = leaves(error)
     if isinstance(first, CommandError):
@@ -140,6 +158,9 @@ def _explain(error: Exception) -> int:
     if isinstance(first, ConfigError):
         say(f"netstack: {one_line(first)}")
         return EXIT_BAD_INPUT
+    if isinstance(first, ForwardError):
+        say(f"netstack: {one_line(first)}")
+        return EXIT_BAD_INPUT if first.kind in ("invalid", "denied") else EXIT_FAILURE
     if isinstance(first, OSError):
         say(f"netstack: {one_line(first)}{what_to_do(first)}")
         return EXIT_BAD_INPUT if first.errno in INPUT_ERRNOS else EXIT_FAILURE

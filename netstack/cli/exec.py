@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from netstack.cli.faults import CommandError, InputError
+from netstack.cli.forwarding import PublishOption, tell_chosen_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,10 +68,7 @@ def exec_command(
     ] = None,
     subnet: Annotated[str | None, typer.Option(metavar="CIDR|auto", help="The command's network.")] = None,
     mtu: Annotated[int | None, typer.Option(metavar="N", help="The MTU of its device. Default: 65520.")] = None,
-    publish: Annotated[
-        list[str] | None,
-        typer.Option("-p", metavar="SPEC", help="Forward a port of the host (comes with a later version)."),
-    ] = None,
+    publish: PublishOption = None,
     api: Annotated[
         list[str] | None, typer.Option(metavar="URI", help="Serve the API there. Default: not at all.")
     ] = None,
@@ -88,8 +86,6 @@ def exec_command(
     The command sees a device tap0 with addresses, routes and DNS set, and root's rights over its own network. Files and
     processes are the host's; an ordinary user appears as root, and has no more rights than before.
     """
-    if publish:
-        raise InputError(f"-p {publish[0]}: forwards come with a later version of netstack; leave -p out for now")
     if sys.platform != "linux":
         raise InputError("netstack exec needs Linux's namespaces; elsewhere, run a virtual machine: netstack qemu")
     if shutil.which(command[0]) is None:
@@ -103,6 +99,7 @@ def exec_command(
             link=(link,),
             subnet=subnet,
             mtu=mtu,
+            publish=tuple(publish or ()),
             api=tuple(api or ()),
             pcap=pcap,
             host_loopback=False if no_host_loopback else None,
@@ -209,6 +206,7 @@ async def _run(config: Config, guest: Guest) -> int:
     log = Log(config.log.level, config.log.format)
     raise_file_limit()
     async with open_network(config, log=log) as network, trio.open_nursery() as background:
+        tell_chosen_ports(network)
         listeners = listen_for_api(config, network, config.api.listen)
         background.start_soon(serve_in_background, network, listeners, log)
         guest.configure(_configuration(network))

@@ -23,6 +23,7 @@ import typer
 
 from netstack.cli import qemu_options
 from netstack.cli.faults import InputError, say
+from netstack.cli.forwarding import PublishOption, tell_chosen_ports
 
 if TYPE_CHECKING:
     from netstack.config import Config
@@ -49,10 +50,7 @@ def qemu(
     subnet: Annotated[str | None, typer.Option(metavar="CIDR|auto", help="The guest's network.")] = None,
     mtu: Annotated[int | None, typer.Option(metavar="N", help="The guest's MTU. Default: 65520.")] = None,
     mac: Annotated[str | None, typer.Option(metavar="MAC", help="The guest's MAC. Default: QEMU's.")] = None,
-    publish: Annotated[
-        list[str] | None,
-        typer.Option("-p", metavar="SPEC", help="Forward a port of the host (comes with a later version)."),
-    ] = None,
+    publish: PublishOption = None,
     api: Annotated[
         list[str] | None, typer.Option(metavar="URI", help="Serve the API there. Default: not at all.")
     ] = None,
@@ -74,8 +72,6 @@ def qemu(
     (vhost-user), which is fastest. KVM is taken out of it, with a note, where it does not work; `-accel auto` takes KVM
     where it works.
     """
-    if publish:
-        raise InputError(f"-p {publish[0]}: forwards come with a later version of netstack; leave -p out for now")
     if shutil.which(command[0]) is None:
         raise InputError(f"{command[0]}: no such program; install QEMU (Debian: qemu-system-x86) or give its path")
     if {"-daemonize", "--daemonize"} & set(command):
@@ -106,6 +102,7 @@ def qemu(
             link=(link,),
             subnet=subnet,
             mtu=mtu,
+            publish=tuple(publish or ()),
             api=tuple(api or ()),
             pcap=pcap,
             host_loopback=False if no_host_loopback else None,
@@ -174,6 +171,7 @@ async def _run(config: Config, line: list[str], inherited: socket.socket | None)
     files = raise_file_limit()
     with trio.open_signal_receiver(*FORWARDED) as signals:
         async with open_network(config, log=log) as network, trio.open_nursery() as background:
+            tell_chosen_ports(network)
             listeners = listen_for_api(config, network, config.api.listen)
             background.start_soon(serve_in_background, network, listeners, log)
             passed = [] if inherited is None else [inherited.fileno()]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from netstack.cli.faults import InputError, one_line, say
+from netstack.cli.faults import one_line, say
+from netstack.cli.forwarding import PublishOption, describe_forwards
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,10 +39,7 @@ def run(
         typer.Option(metavar="CIDR|auto", help="The guests' network. Default: 192.168.5.0/24, or the next free one."),
     ] = None,
     mtu: Annotated[int | None, typer.Option(metavar="N", help="The MTU that guests are told. Default: 65520.")] = None,
-    publish: Annotated[
-        list[str] | None,
-        typer.Option("-p", metavar="SPEC", help="Forward a port of the host (comes with a later version)."),
-    ] = None,
+    publish: PublishOption = None,
     api: Annotated[
         list[str] | None,
         typer.Option(
@@ -68,8 +66,6 @@ def run(
 
     Without --link it listens at a socket of its own and prints the QEMU options to copy.
     """
-    if publish:
-        raise InputError(f"-p {publish[0]}: forwards come with a later version of netstack; leave -p out for now")
 
     def settings() -> Config:
         from netstack.config import Config
@@ -79,6 +75,7 @@ def run(
             link=link or (),
             subnet=subnet,
             mtu=mtu,
+            publish=tuple(publish or ()),
             api=tuple(api or ()),
             pcap=pcap,
             host_loopback=False if no_host_loopback else None,
@@ -162,7 +159,10 @@ class _Service:
         if not self._given.link:
             say(f"netstack: give QEMU these options: {qemu_options(self._config.link[0].uri)}")
         links = ", ".join(link.uri for link in self._config.link)
-        say(f"ready: {self._summary()}; links {links}; API {', '.join(api) or 'off'}")
+        assert self._network is not None
+        forwards = describe_forwards(self._network)
+        more = f"; forwards {forwards}" if forwards else ""
+        say(f"ready: {self._summary()}; links {links}; API {', '.join(api) or 'off'}{more}")
         if self._ready_fd is not None:
             self._ready_fd.tell()
         self._systemd.ready(self._summary())

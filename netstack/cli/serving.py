@@ -101,7 +101,7 @@ async def serve_in_background(network: Network, listeners: Sequence[ApiListener]
         await trio.to_thread.run_sync(log.warm_up)
         calm_collector()
         if listeners:
-            await serve_api(network, listeners, log=log)
+            await serve_api(network.api, listeners, log=log)
     finally:
         for listener in listeners:
             listener.close()

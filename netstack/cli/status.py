@@ -76,6 +76,22 @@ def show(state: Mapping[str, Any]) -> None:
             for g in state["guests"]
         ),
     )
+    if state["forwards"]:
+        print_table(
+            "Forwards",
+            ("forward", "by", "open", "all", "refused", "last error"),
+            (
+                (
+                    forward["spec"],
+                    forward["owner"],
+                    forward["connections"]["open"],
+                    forward["connections"]["total"],
+                    forward["connections"]["refused"],
+                    forward["last_error"] or "-",
+                )
+                for forward in state["forwards"]
+            ),
+        )
     shown = flows["list"][:SHOWN_FLOWS]
     print_lines([f"{flows['tcp']} TCP, {flows['udp']} UDP and {flows['icmp']} ICMP flows, at most {flows['limit']}"])
     print_table(

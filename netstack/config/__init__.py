@@ -19,10 +19,14 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ValidationError
 
+from netstack.config.auto_publish import AutoPublishRule, AutoPublishTable, check_auto_publish
+from netstack.config.forward_spec import ForwardSpec, parse_forward
 from netstack.config.paths import notify_socket, runtime_directory, state_directory
 from netstack.config.problems import ConfigError, problem_of
+from netstack.config.proxy import ProxyTable, check_proxy
 from netstack.config.tables import (
     AUTO,
+    HOST,
     ApiTable,
     DnsTable,
     GuestTable,
@@ -32,6 +36,7 @@ from netstack.config.tables import (
     NetworkAddresses,
     NetworkTable,
     PcapTable,
+    PublishTable,
     RouteTable,
     StateTable,
     Table,
@@ -45,11 +50,13 @@ __all__ = [
     "ApiSpec",
     "Config",
     "ConfigError",
+    "ForwardSpec",
     "LinkSpec",
     "NetworkAddresses",
     "check_mac",
     "notify_socket",
     "parse_api_uri",
+    "parse_forward",
     "parse_link_uri",
     "runtime_directory",
     "state_directory",
@@ -79,7 +86,10 @@ class Config(Table):
     network: NetworkTable = NetworkTable()
     link: tuple[LinkTable, ...] = ()
     guest: tuple[GuestTable, ...] = ()
+    publish: tuple[PublishTable, ...] = ()
+    auto_publish: AutoPublishTable = AutoPublishTable()
     dns: DnsTable = DnsTable()
+    proxy: ProxyTable = ProxyTable()
     pcap: PcapTable = PcapTable()
     api: ApiTable = ApiTable()
     limits: LimitsTable = LimitsTable()
@@ -107,12 +117,14 @@ class Config(Table):
         *,
         link: Sequence[str] = (),
         flag_of_link: str = "--link",
+        publish: Sequence[str] = (),
         **flags: Any,
     ) -> Self:
         """Read `file` if there is one, and let the flags that are given (not None, not empty) win over it.
 
         Flags: link, subnet, mtu, host_loopback, pcap, api, log_level, log_format, state_dir. Links given here replace
-        all those of the file. Raises ConfigError, with the line or the flag.
+        all those of the file; forwards given here (`publish`) join them, and replace one of the same host port. Raises
+        ConfigError, with the line or the flag.
         """
         text, tables = _read_toml(Path(file)) if file is not None else ("", {})
         from_flag: dict[tuple[str | int, ...], str] = {}
@@ -124,6 +136,8 @@ class Config(Table):
             if isinstance(entries, dict):  # else it is wrong anyway, and pydantic says so
                 entries[key] = value
                 from_flag[table, key] = flag
+        if publish:
+            _add_forwards(tables, publish, from_flag)
         if link:
             tables["link"] = [{"uri": uri} for uri in link]
             from_flag["link",] = flag_of_link
@@ -172,6 +186,33 @@ class Config(Table):
         return self.api.token_file or runtime_directory() / f"api-{port}.token"
 
 
+def _add_forwards(tables: dict[str, Any], publish: Sequence[str], from_flag: dict[tuple[str | int, ...], str]) -> None:
+    """Put the forwards of -p behind those of the file, whose lines keep their places."""
+    entries = tables.setdefault("publish", [])
+    if not isinstance(entries, list):
+        return  # wrong, and pydantic says so
+    for spec in publish:
+        side = _host_side(spec)
+        for index, entry in enumerate(entries):
+            from_file = isinstance(entry, dict) and ("publish", index) not in from_flag
+            if side is not None and from_file and _host_side(entry.get("spec")) == side:
+                from_flag["publish", index] = "-p"
+                entries[index] = {"spec": spec}
+                break
+        else:
+            from_flag["publish", len(entries)] = "-p"
+            entries.append({"spec": spec})
+
+
+def _host_side(spec: object) -> str | None:
+    """What of the host a SPEC takes; None when it is none, or takes whatever is free."""
+    try:
+        forward = parse_forward(spec) if isinstance(spec, str) else None
+    except ConfigError:
+        return None
+    return None if forward is None or (forward.protocol != "unix" and not forward.host_port) else forward.host_side
+
+
 def _check_together(config: Config) -> None:
     """What no setting can tell for itself: that they fit each other."""
     network, net = config.network, config.network.addresses()
@@ -192,11 +233,30 @@ def _check_together(config: Config) -> None:
     taken.setdefault(net.dns6, "DNS")
     for index, guest in enumerate(config.guest):
         _check_guest(config, net, index, guest, taken)
+    check_auto_publish(config.auto_publish)
+    check_proxy(config.proxy)
+    _check_forwards(config, net)
     uris: set[str] = set()
     for index, link in enumerate(config.link):
         if link.uri in uris:
             raise ConfigError(f"link[{index + 1}].uri: {link.uri} is there twice", at=("link", index, "uri"))
         uris.add(link.uri)
+
+
+def _check_forwards(config: Config, net: NetworkAddresses) -> None:
+    sides: dict[str, int] = {}
+    for index, table in enumerate(config.publish):
+        at = ("publish", index, "spec")
+        side = _host_side(table.spec)
+        if side is not None and side in sides:
+            words = f"{table.spec}: publish[{sides[side] + 1}] takes {side} already"
+            raise ConfigError(f"publish[{index + 1}].spec: {words}", at=at, reason=words)
+        if side is not None:
+            sides[side] = index
+        guest = parse_forward(table.spec).guest
+        if guest in {str(address) for address in (net.gateway, net.dns, net.gateway6, net.dns6)}:
+            words = f"{table.spec}: {guest} is the gateway's own address, not a guest's"
+            raise ConfigError(f"publish[{index + 1}].spec: {words}", at=at, reason=words)
 
 
 def _check_guest(
@@ -207,6 +267,9 @@ def _check_guest(
         if text is None:
             continue
         at = ("guest", index, key)
+        if text == HOST:
+            fixed.append((key, text))
+            continue
         # With auto, netstack may move to another network, and the address would lie outside it.
         if getattr(config.network, family) == AUTO and (family == "subnet" or config.network.subnet == AUTO):
             words = f"needs network.{family} to be named, since auto may take another one"
@@ -217,7 +280,7 @@ def _check_guest(
         fixed.append((key, text))
     for key, text in fixed:
         value: object = (key, text)
-        if key in ("address", "address6"):
+        if key in ("address", "address6") and text != HOST:
             value = IPv4Address(text) if key == "address" else IPv6Address(text)
         if value in taken:
             at = ("guest", index, key)
@@ -277,8 +340,12 @@ _TABLES: Mapping[str, type[BaseModel]] = {
     "network": NetworkTable,
     "link": LinkTable,
     "guest": GuestTable,
+    "publish": PublishTable,
+    "auto_publish": AutoPublishTable,
+    "rule": AutoPublishRule,
     "dns": DnsTable,
     "route": RouteTable,
+    "proxy": ProxyTable,
     "pcap": PcapTable,
     "api": ApiTable,
     "limits": LimitsTable,

@@ -45,10 +45,10 @@ _WORDS: Mapping[str, str] = {
     "too_short": "must not be empty",
     "tuple_type": "must be a list",
 }
-_ARRAYS_OF_TABLES = {("link",), ("guest",), ("dns", "route")}
+_ARRAYS_OF_TABLES = {("link",), ("guest",), ("publish",), ("dns", "route"), ("auto_publish", "rule")}
 # Tables of the documented file that this version does not read yet. A plain "unknown key" would send people looking
 # for a typo.
-_LATER = {("publish",), ("proxy",)}
+_LATER: set[Path] = set()
 
 
 def problem_of(error: ErrorDetails, known_keys: Sequence[str]) -> ConfigError:
@@ -72,7 +72,8 @@ def problem_of(error: ErrorDetails, known_keys: Sequence[str]) -> ConfigError:
     if kind == "tuple_type" and path in _ARRAYS_OF_TABLES:
         reason = f"must be a list of tables; write [[{path_name(path)}]]"
     value = str(error["input"])
-    if not reason.startswith(value):  # a URI's problem names the URI
+    # A URI's problem names the URI; what stands in [proxy] may be a password.
+    if not reason.startswith(value) and not (path[:1] == ("proxy",) and kind == "value_error"):
         reason = f"{value if len(value) <= 60 else value[:57] + '...'} {reason}"
     return ConfigError(f"{path_name(path)}: {reason}", at=path, reason=reason)
 

@@ -9,13 +9,16 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from netstack.config.forward_spec import parse_forward
 from netstack.config.host_names import HostNames
 from netstack.config.problems import ConfigError
 from netstack.config.uris import parse_api_uri, parse_link_uri
+from netstack.dns.prefixes import parse_prefix
 from netstack.dns.routes import format_name, parse_name
 from netstack.dns.source_settings import parse_upstream
 
 AUTO = "auto"
+HOST = "host"  # the address of the guest that has the host's
 DEFAULT_SUBNET = IPv4Network("192.168.5.0/24")
 # Places of the well-known addresses in a network (Lima's numbers, which its users' scripts contain).
 GATEWAY_OFFSET, DNS_OFFSET = 2, 3
@@ -71,6 +74,15 @@ def _check_address4(text: str) -> str:
         raise ValueError("must be an IPv4 address such as 192.168.5.20") from None
 
 
+def _check_guest_address4(text: str) -> str:
+    if text == HOST:
+        return text
+    try:
+        return _check_address4(text)
+    except ValueError:
+        raise ValueError(f'must be an IPv4 address such as 192.168.5.20, or "{HOST}" for the host\'s own') from None
+
+
 def _check_address6(text: str) -> str:
     try:
         return str(IPv6Address(text))
@@ -110,6 +122,10 @@ def _check_route_domain(text: str) -> str:
     return format_name(labels)
 
 
+def _check_nat64_prefix(text: str) -> str:
+    return str(parse_prefix(text))
+
+
 def _check_nameserver(text: str) -> str:
     if "://" in text:
         raise ValueError("must be the address of a nameserver; what has a :// goes into dns.upstreams")
@@ -127,6 +143,14 @@ def _check_link(text: str) -> str:
         return parse_link_uri(text).uri
     except ConfigError as error:
         raise ValueError(str(error)) from None
+
+
+def _check_forward(text: str) -> str:
+    try:
+        parse_forward(text)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return text
 
 
 def _check_api(text: str) -> str:
@@ -148,15 +172,18 @@ def _parse_size(value: object) -> object:
 Subnet = Annotated[str, AfterValidator(_check_subnet)]
 Subnet6 = Annotated[str, AfterValidator(_check_subnet6)]
 Address4 = Annotated[str, AfterValidator(_check_address4)]
+GuestAddress4 = Annotated[str, AfterValidator(_check_guest_address4)]
 Address6 = Annotated[str, AfterValidator(_check_address6)]
 Mac = Annotated[str, AfterValidator(check_mac)]
 GuestName = Annotated[str, AfterValidator(_check_name)]
 Domain = Annotated[str, AfterValidator(_check_domain)]
 RouteDomain = Annotated[str, AfterValidator(_check_route_domain)]
+Nat64Prefix = Annotated[str, AfterValidator(_check_nat64_prefix)]
 Nameserver = Annotated[str, AfterValidator(_check_nameserver)]
 Upstream = Annotated[str, AfterValidator(_check_upstream)]
 LinkUri = Annotated[str, AfterValidator(_check_link)]
 ApiUri = Annotated[str, AfterValidator(_check_api)]
+Forward = Annotated[str, AfterValidator(_check_forward)]
 Size = Annotated[int, BeforeValidator(_parse_size), Field(ge=0)]
 Mtu = Annotated[int, Field(ge=MIN_MTU, le=MAX_MTU)]
 # netstack.dns.source_auto.Kind
@@ -222,8 +249,16 @@ class GuestTable(Table):
 
     name: GuestName
     mac: Mac
-    address: Address4 | None = None
+    address: GuestAddress4 | None = None
     address6: Address6 | None = None
+
+
+class PublishTable(Table):
+    """[[publish]]."""
+
+    spec: Forward
+    on_conflict: Literal["error", "next", "loopback"] = "error"
+    source: Literal["caller", "gateway"] = "caller"  # as whom the guest sees a caller
 
 
 class RouteTable(Table):
@@ -251,6 +286,9 @@ class DnsTable(Table):
     mdns: bool = True
     serve_stale: Annotated[int, Field(ge=0, le=604800)] = 0  # seconds; RFC 8767 5 suggests 1 to 3 days, 7 at most
     lenient_aaaa: bool = False
+    rebind_protection: bool = False
+    rebind_allow: tuple[RouteDomain, ...] = ()  # domains whose private addresses are right
+    dns64: Nat64Prefix | None = None
     log_queries: bool = False
 
 
@@ -274,6 +312,8 @@ class LimitsTable(Table):
     flows: Annotated[int, Field(ge=16, le=1_000_000)] = 65536
     flows_per_guest: Annotated[int, Field(ge=16, le=1_000_000)] = 32768
     udp_flows_per_guest: Annotated[int, Field(ge=16, le=1_000_000)] = 2048
+    dns_queries: Annotated[int, Field(ge=16, le=65536)] = 16_384  # netstack.dns.server: MAX_QUERIES
+    dns_queries_per_guest: Annotated[int, Field(ge=16, le=65536)] = 10_000
     neighbors: Annotated[int, Field(ge=16, le=65536)] = 1024
     reassembly: Annotated[int, BeforeValidator(_parse_size), Field(ge=65536, le=1 << 30)] = 4 << 20
 

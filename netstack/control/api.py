@@ -4,6 +4,10 @@ Listening and serving are two steps. `listen_unix` and `listen_tcp` are a few sy
 that it is ready, so that whoever was told finds the socket. hypercorn and starlette take 0.3 s to import, in a thread
 and after that; until then requests wait in the socket's queue.
 
+Who answers. The front (`control.front`) accepts; it keeps connections that become tunnels into guests and hands the
+others to hypercorn, which runs the application made here of routes in modules of their own: state_api, dns_api,
+forwards_api, events_api, pcap_api, gvproxy_api. They talk to protocols, which gateway.api_view implements.
+
 Who may ask. The unix socket is its owner's by its mode. The TCP socket is everybody's on this host, and a guest
 reaches the host's loopback through the gateway address: so it answers nothing without the bearer token, and the
 gateway is told to refuse guests that port besides.
@@ -23,32 +27,40 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
-from netstack.control.dns_api import describe_dns_paths, dns_routes
 from netstack.control.log import Events
-from netstack.control.metrics import write_metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from netstack.control.dns_api import DnsSource
+    from netstack.control.events_api import EventSource
+    from netstack.control.forwards_api import ForwardSource
+    from netstack.control.gvproxy_api import GvproxySource
     from netstack.control.log import Log
+    from netstack.control.pcap_api import CaptureSource
+    from netstack.control.proxy_api import ProxySource
+    from netstack.control.state_api import StateSource
+    from netstack.control.tunnels import GuestOpener
+
+    class ApiSource(StateSource, ProxySource, EventSource, GuestOpener, Protocol):
+        """The parts of a network that the API shows and changes."""
+
+        @property
+        def dns_view(self) -> DnsSource: ...
+        @property
+        def forwards(self) -> ForwardSource: ...
+        @property
+        def capture(self) -> CaptureSource: ...
+        @property
+        def gvproxy(self) -> GvproxySource: ...
+
 
 BACKLOG = 64
 TOKEN_BYTES = 32
-GRACE_SECONDS = 0.2  # for answers in flight when the network ends
-
-
-class StatusSource(Protocol):
-    """The part of a network that the API shows."""
-
-    def statistics(self) -> Mapping[str, Any]: ...  # everything that is to be seen, ready for JSON
-
-    @property
-    def dns_view(self) -> DnsSource: ...
 
 
 class ApiError(Exception):
@@ -144,7 +156,7 @@ def listen_tcp(host: str, port: int) -> ApiListener:
 
 
 async def serve_api(
-    network: StatusSource,
+    network: ApiSource,
     listeners: Sequence[ApiListener],
     *,
     log: Log | None = None,
@@ -155,11 +167,21 @@ async def serve_api(
     faults = None if log is None else _AcceptFaults(log)
     if faults is not None:
         logger.addFilter(faults)
+
+    def on_crash(error: Exception) -> None:
+        if log is not None:
+            log.error("an API connection was lost", error=repr(error))
+
     try:
         await trio.to_thread.run_sync(_import_server)
+        from netstack.control.front import Front
+        from netstack.control.tunnels import tunnel_takeovers
+
+        takeovers = tunnel_takeovers(network)
         async with trio.open_nursery() as nursery:
             for listener in listeners:
-                await nursery.start(_serve, make_app(network, listener.token, log), listener.sock)
+                app = make_app(network, listener.token, log)
+                await nursery.start(Front(app, takeovers, listener.token, on_crash).serve, listener.sock)
             task_status.started()
     except Exception as error:
         if log is None:
@@ -188,22 +210,34 @@ class _AcceptFaults(logging.Filter):
         return False
 
 
-def make_app(network: StatusSource, token: str | None, log: Log | None = None) -> ASGIApp:
-    """The ASGI application. With a `token`, every request must carry it."""
+def make_app(network: ApiSource, token: str | None, log: Log | None = None) -> ASGIApp:
+    """The ASGI application. With a `token`, every request must carry it, but the one for the dashboard's empty page."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
-    async def status(request: Request) -> Response:
-        return JSONResponse(network.statistics(), headers={"cache-control": "no-store"})
+    from netstack.control.dashboard import dashboard_page
+    from netstack.control.dns_api import dns_routes
+    from netstack.control.events_api import event_routes
+    from netstack.control.forwards_api import forward_routes
+    from netstack.control.gvproxy_api import gvproxy_routes
+    from netstack.control.metrics import write_metrics
+    from netstack.control.openapi import write_openapi
+    from netstack.control.pcap_api import capture_routes
+    from netstack.control.proxy_api import proxy_routes
+    from netstack.control.state_api import state_routes
 
     async def metrics(request: Request) -> Response:
         body, content_type = write_metrics(network, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type, "cache-control": "no-store"})
 
     async def openapi(request: Request) -> Response:
-        return JSONResponse(_openapi(needs_token=token is not None))
+        return JSONResponse(write_openapi(needs_token=token is not None))
+
+    async def page(request: Request) -> Response:
+        body, headers = dashboard_page()
+        return Response(body, headers=headers)
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -216,8 +250,14 @@ def make_app(network: StatusSource, token: str | None, log: Log | None = None) -
 
     handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]]
     handlers = {HTTPException: refused, Exception: failed}
-    routes = [Route("/v1/status", status), Route("/metrics", metrics), Route("/openapi.json", openapi)]
+    routes = [Route("/", page), Route("/metrics", metrics), Route("/openapi.json", openapi)]
+    routes += state_routes(network)
+    routes += proxy_routes(network)
     routes += dns_routes(network.dns_view)
+    routes += forward_routes(network.forwards)
+    routes += capture_routes(network.capture)
+    routes += event_routes(network)
+    routes += gvproxy_routes(network.gvproxy)
     app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
     return app if token is None else _RequireToken(app, token)
 
@@ -233,38 +273,28 @@ class _RequireToken:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close"})
             return
-        if scope["type"] == "http":
+        # The page is the same for everybody and shows nothing by itself: what it shows it asks for, with the token.
+        if scope["type"] == "http" and not (scope["path"] == "/" and scope["method"] in ("GET", "HEAD")):
             given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
             if not secrets.compare_digest(given, self._expected):
                 from starlette.responses import JSONResponse
 
-                words = {"error": "send the header Authorization: Bearer TOKEN, with the token that netstack printed"}
-                response = JSONResponse(words, 401, headers={"www-authenticate": "Bearer"})
+                from netstack.control.front import UNAUTHORIZED
+
+                response = JSONResponse({"error": UNAUTHORIZED}, 401, headers={"www-authenticate": "Bearer"})
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
-async def _serve(app: ASGIApp, sock: socket.socket, *, task_status: trio.TaskStatus[Any]) -> None:
-    from hypercorn.config import Config
-    from hypercorn.trio import serve
-
-    config = Config()
-    # hypercorn takes the descriptor over and closes it: give it one of its own.
-    config.bind = [f"fd://{os.dup(sock.fileno())}"]
-    config.errorlog = None
-    config.accesslog = None
-    config.include_server_header = False
-    config.graceful_timeout = GRACE_SECONDS
-    await serve(app, config, mode="asgi", task_status=task_status)  # type: ignore[arg-type] # its own ASGI types
-
-
 def _import_server() -> None:
-    import hypercorn.trio  # noqa: F401
+    import h11  # noqa: F401
+    import hypercorn.trio.tcp_server  # noqa: F401
     import prometheus_client.exposition  # noqa: F401
-    import starlette.applications
-    import starlette.responses
-    import starlette.routing  # noqa: F401
+
+    import netstack.control.gvproxy_api
+    import netstack.control.openapi
+    import netstack.control.tunnels  # noqa: F401
 
 
 def _remove_stale_socket(path: Path) -> None:
@@ -281,25 +311,3 @@ def _remove_stale_socket(path: Path) -> None:
         path.unlink(missing_ok=True)
     elif code != errno.ENOENT:
         raise ApiError(f"cannot listen for the API at {path}: another process listens there; name another with --api")
-
-
-def _openapi(*, needs_token: bool) -> dict[str, Any]:
-    """OpenAPI 3.1 of what is served here."""
-    from netstack.version import __version__
-
-    answer = {
-        "description": "What was asked for",
-        "content": {"application/json": {"schema": {"type": "object"}}},
-    }
-    operation = {"summary": "What is running", "operationId": "getStatus", "responses": {"200": answer}}
-    text = {"description": "For Prometheus", "content": {"text/plain": {"schema": {"type": "string"}}}}
-    metrics = {"summary": "The same as numbers", "operationId": "getMetrics", "responses": {"200": text}}
-    document: dict[str, Any] = {
-        "openapi": "3.1.0",
-        "info": {"title": "netstack", "version": __version__},
-        "paths": {"/v1/status": {"get": operation}, "/metrics": {"get": metrics}, **describe_dns_paths(answer)},
-    }
-    if needs_token:
-        document["components"] = {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}
-        document["security"] = [{"token": []}]
-    return document

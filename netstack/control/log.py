@@ -183,12 +183,17 @@ class Events:
 
     def warning(self, key: str, message: str, **fields: object) -> None:
         """Warn, of each `key` at once and then at most every ten seconds, with the number of those left out."""
+        self.admit_warning(key, message, **fields)
+
+    def admit_warning(self, key: str, message: str, **fields: object) -> bool:
+        """Like warning(); whether it was one to tell of."""
         suppressed = self._limiter.admit(key, self._clock())
         if suppressed is None:
-            return
+            return False
         if suppressed:
             fields["suppressed"] = suppressed
         self._log.warning(message, **fields)
+        return True
 
     def drop_warning(self, reason: str, link: str) -> None:
         """A frame of a kind that should not occur was dropped; `reason` is its counter's name."""

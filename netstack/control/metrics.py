@@ -7,7 +7,7 @@ the parts to say; those of DNS are a family of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Metrics:
                 events.add_metric([event], count)
         yield events
         yield names
+        yield from _forwards(state.get("forwards", ()))
         for name, size in state.get("dns", {}).items():
             yield GaugeMetricFamily(f"netstack_dns_{name}", "Size of the DNS service's tables", size)
 
@@ -81,6 +82,28 @@ class Metrics:
                 family.add_metric([link["name"]], link.get(key, 0))
         yield connected
         yield from families.values()
+
+
+def _forwards(listed: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
+    """By their SPEC, which does not change while they last."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    labels = ["spec", "owner"]
+    is_open = GaugeMetricFamily("netstack_forward_connections", "Open connections of a forward", labels=labels)
+    families = {
+        "total": CounterMetricFamily("netstack_forward_connections_made", "Connections that came", labels=labels),
+        "refused": CounterMetricFamily("netstack_forward_refused", "Of these, what no guest took", labels=labels),
+        "bytes_from_guest": CounterMetricFamily("netstack_forward_bytes_from_guest", "Bytes to callers", labels=labels),
+        "bytes_to_guest": CounterMetricFamily("netstack_forward_bytes_to_guest", "Bytes of callers", labels=labels),
+    }
+    for forward in listed:
+        values = [forward["spec"], forward["owner"]]
+        is_open.add_metric(values, forward["connections"]["open"])
+        for key, family in families.items():
+            family.add_metric(values, forward[key] if key in forward else forward["connections"][key])
+    yield GaugeMetricFamily("netstack_forwards", "Forwards that are open", len(listed))
+    yield is_open
+    yield from families.values()
 
 
 def write_metrics(source: StatusSource, accept: str) -> tuple[bytes, str]:

@@ -35,6 +35,8 @@ class Addresses:
     gateway6: bytes
     dns6: bytes
     host_loopback: bool = True
+    borrowed: set[bytes] = field(default_factory=set)
+    """The host's own addresses, while a guest has them (`address = "host"`): its owner alone may send from them."""
     link_local: bytes = field(init=False)
     own: frozenset[bytes] = field(init=False)  # every unicast address the gateway answers to
     _network: int = field(init=False)
@@ -60,7 +62,7 @@ class Addresses:
     def may_be_guest(self, src: bytes) -> bool:
         """Whether a guest may send from this address at all."""
         if src in self.own or not self.in_subnet(src):
-            return False
+            return src in self.borrowed
         return len(src) == 16 or src not in (self._broadcast, self.subnet.network_address.packed)
 
     def is_group(self, dst: bytes) -> bool:
@@ -93,6 +95,23 @@ class Addresses:
         if len(address) == 4:
             return self.gateway if address[0] == 127 else address
         return self.gateway6 if address == LOOPBACK6 else address
+
+    def caller(self, address: bytes, length: int) -> bytes:
+        """As whom a guest, whose own address has `length` bytes, sees a caller of the host's: as itself, if it can be.
+
+        It cannot where the guest's own system would take the address for something else: its loopback, its own link,
+        which is also where this network's addresses are, a group, the other family, or the guest itself, which has the
+        host's address.
+        """
+        if len(address) != length:
+            special = True
+        elif length == 4:
+            special = address[0] in (0, 127) or address[0] >= 224 or address[:2] == b"\xa9\xfe"
+        else:
+            special = address[0] == 0xFF or address[:12] in (_LOW, _MAPPED)
+        if special or self.in_subnet(address) or address in self.borrowed:
+            return self.gateway if length == 4 else self.gateway6
+        return address
 
     def router_for(self, address: bytes) -> bytes:
         """The gateway's address of that family, as the source of errors."""

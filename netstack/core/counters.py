@@ -22,6 +22,7 @@ class Counters:
         self.tcp_fast_retransmits = 0
         self.tcp_timeouts = 0
         self.tcp_loss_probes = 0
+        self.forwarded = 0  # connections of the host's that were sent on their way to a guest
         self.drops: dict[str, int] = {}
         self._noted: str | None = None
 

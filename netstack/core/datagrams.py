@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
 
 from netstack.core.ports import FAILED, READABLE, Buffer, DatagramSocket, Events, Host, Link, Poller, SocketError
 from netstack.core.timers import NEVER, Timers
@@ -42,9 +43,6 @@ from netstack.wire.icmp import (
     Problem,
 )
 
-if TYPE_CHECKING:
-    from netstack.core.datagram_table import DatagramFlows
-
 # Datagrams read from one flow in one wakeup, then others get their turn: about one full link buffer at MTU 1500.
 BURST = 64
 
@@ -58,7 +56,7 @@ RESOLUTION = 1.0
 _PLATEAUS = (32000, 17914, 8166, 4352, 2002, 1492, 1280, 1006, 508, 296, 68)
 
 # What errno of a send the guest is told in which words. Not in the table: nothing that a router would say.
-_PROBLEMS = {
+PROBLEMS = {
     errno.ECONNREFUSED: PORT_UNREACHABLE,
     errno.EHOSTUNREACH: HOST_UNREACHABLE,
     errno.EHOSTDOWN: HOST_UNREACHABLE,
@@ -101,6 +99,7 @@ class Stack(Protocol):
     """What UDP and ICMP ask of the stack."""
 
     mac: bytes  # the gateway's
+    blocked_udp: frozenset[int]  # ports of the world that guests' datagrams may not go to
     touched: list[Any]  # flows with a finish_batch(now), to be called when the batch of frames at hand ends
 
     @property
@@ -151,6 +150,40 @@ class Stack(Protocol):
         ...
 
 
+class Owner(Protocol):
+    """What flows belong to."""
+
+    @property
+    def stack(self) -> Stack: ...
+
+    def touch(self, flow: Any, now: float) -> None:
+        """The flow is in use; to be called when its used_at is older than RESOLUTION."""
+
+    def close(self, flow: Any, now: float, why: str) -> None:
+        """End the flow and forget it."""
+
+
+class ErrorQueue(Protocol):
+    """A socket, as far as its errors go."""
+
+    def receive_error(self) -> SocketError | None: ...
+
+
+def take_errors(sock: ErrorQueue, relay: Callable[[SocketError], None]) -> tuple[int, int]:
+    """Have `relay` pass on the ICMP errors of a socket: how many; the MTU for which the host refused a send, or 0."""
+    relayed = mtu = 0
+    for _ in range(_ERROR_BURST):
+        error = sock.receive_error()
+        if error is None:
+            break
+        if error.offender is not None:
+            relayed += 1
+            relay(error)
+        elif error.errno == errno.EMSGSIZE:
+            mtu = error.mtu
+    return relayed, mtu
+
+
 class DatagramFlow:
     """One guest endpoint and its host socket. Subclasses know the protocol."""
 
@@ -176,9 +209,7 @@ class DatagramFlow:
 
     protocol: ClassVar[str]
 
-    def __init__(
-        self, table: DatagramFlows[Any], link: Link, mac: bytes, guest: bytes, port: int, timeout: float
-    ) -> None:
+    def __init__(self, table: Owner, link: Link, mac: bytes, guest: bytes, port: int, timeout: float) -> None:
         self.table = table
         self.stack = table.stack
         self.link = link  # where the guest was last seen
@@ -240,17 +271,7 @@ class DatagramFlow:
 
     def drain_errors(self) -> tuple[int, int]:
         """Pass on what is in the error queue: how many ICMP errors; the MTU for which the host refused a send, or 0."""
-        relayed = mtu = 0
-        for _ in range(_ERROR_BURST):
-            error = self.sock.receive_error()
-            if error is None:
-                break
-            if error.offender is not None:
-                relayed += 1
-                self._relay(error)
-            elif error.errno == errno.EMSGSIZE:
-                mtu = error.mtu
-        return relayed, mtu
+        return take_errors(self.sock, self._relay)
 
     def _relay(self, error: SocketError) -> None:
         """Send an ICMP error on to the guest, from the address of whoever sent it."""
@@ -301,7 +322,7 @@ class DatagramFlow:
             stack.send_error(self.link, self.mac, None, packet, TOO_BIG, mtu if len(dst) == 4 else max(mtu, 1280))
             return
         stack.counters.drop(f"{self.protocol}_{reason}")
-        problem = _PROBLEMS.get(code)
+        problem = PROBLEMS.get(code)
         if problem is not None:
             stack.send_error(self.link, self.mac, None, packet, problem)
 

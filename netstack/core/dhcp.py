@@ -25,7 +25,7 @@ Relayed messages (giaddr) are dropped: there is no relay agent on a link between
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -64,6 +64,7 @@ from netstack.wire.dhcp import (
     OPTION_SUBNET_MASK,
     OPTION_T1,
     OPTION_T2,
+    OPTION_WPAD,
     RELEASE,
     REQUEST,
     DhcpMessage,
@@ -76,6 +77,9 @@ from netstack.wire.domains import write_domains
 
 SERVER_PORT: Final = 67
 CLIENT_PORT: Final = 68
+
+# What a guest whose address follows the host's is told: it renews after half of it, in seconds.
+OUTSIDE_LEASE_TIME: Final = 600
 
 _ETHERNET: Final = 1  # htype (RFC 1700, "Hardware Types")
 _BROADCAST_MAC: Final = b"\xff" * 6
@@ -97,7 +101,15 @@ _ON_REQUEST: Final = (
     OPTION_NTP,
     OPTION_SEARCH,
     OPTION_ROUTES,
+    OPTION_WPAD,
 )
+
+
+class OutsideNetwork(NamedTuple):
+    """Where an address belongs that is not one of the guests' network."""
+
+    prefix_length: int
+    router: bytes
 
 
 class DhcpReply(NamedTuple):
@@ -123,7 +135,12 @@ class DhcpServer:
     domain: str = ""
     search: Sequence[str] = ()
     ntp: Sequence[bytes] = ()
+    wpad: str = ""  # the URL of a proxy auto-config script
     routes: Sequence[Route] = ()
+    outside: Mapping[bytes, OutsideNetwork] = field(default_factory=dict)
+    """Of leases that lie outside the network, which is theirs."""
+    moving: Collection[bytes] = ()
+    """The MACs of guests whose address is the host's, and may be another one tomorrow."""
     counters: Counter[str] = field(default_factory=Counter)
 
     def answer(self, payload: bytes, mac: bytes, now: float, link: str = "") -> DhcpReply | None:
@@ -221,7 +238,7 @@ class DhcpServer:
 
     def _grant(self, kind: int, message: DhcpMessage, lease: Lease, extra: dict[int, bytes]) -> DhcpReply:
         self.counters["dhcp_offer" if kind == OFFER else "dhcp_ack"] += 1
-        seconds = int(self.leases.lease_time)
+        seconds = OUTSIDE_LEASE_TIME if lease.mac in self.moving else int(self.leases.lease_time)
         options = self._head(kind, message)
         options[OPTION_LEASE_TIME] = seconds.to_bytes(4, "big")
         # RFC 2131 4.4.5: a half and seven eighths.
@@ -247,13 +264,17 @@ class DhcpServer:
 
     def _parameters(self, message: DhcpMessage, lease: Lease | None) -> dict[int, bytes]:
         """Give the options that configure the guest: what it must have, then what it asks for, in its order."""
-        bits = self.leases.prefix_length
-        mask = (0xFFFFFFFF << (32 - bits) & 0xFFFFFFFF).to_bytes(4, "big")
+        bits, router = self.leases.prefix_length, self.gateway
         network = int.from_bytes(self.leases.network, "big")
-        routes = (*self.routes, Route(_NO_ADDRESS, 0, self.gateway)) if self.routes else ()
+        outside = self.outside.get(lease.address) if lease is not None else None
+        if lease is not None and outside is not None:
+            bits, router = outside
+            network = int.from_bytes(lease.address, "big") >> (32 - bits) << (32 - bits)
+        mask = (0xFFFFFFFF << (32 - bits) & 0xFFFFFFFF).to_bytes(4, "big")
+        routes = (*self.routes, Route(_NO_ADDRESS, 0, router)) if self.routes else ()
         values = {
             OPTION_SUBNET_MASK: mask,
-            OPTION_ROUTER: self.gateway,
+            OPTION_ROUTER: router,
             OPTION_DNS: b"".join(self.dns),
             OPTION_HOST_NAME: lease.name.encode("ascii") if lease is not None else b"",
             OPTION_DOMAIN_NAME: self.domain.encode("ascii", "ignore"),
@@ -263,6 +284,7 @@ class DhcpServer:
             OPTION_SEARCH: write_domains(self.search),
             # RFC 3442: a guest that reads this option ignores option 3, so the default route stands in it too.
             OPTION_ROUTES: write_routes(routes),
+            OPTION_WPAD: self.wpad.encode("ascii", "ignore"),
         }
         asked = message.options.get(OPTION_PARAMETER_LIST)
         wanted = _ON_REQUEST if asked is None else tuple(dict.fromkeys(asked))

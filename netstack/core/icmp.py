@@ -31,7 +31,10 @@ from netstack.wire.icmp import (
     ECHO_REQUEST6,
     HEADER_LENGTH,
     NO_ROUTE,
+    PORT_UNREACHABLE,
     TTL_EXCEEDED,
+    UNREACHABLE,
+    UNREACHABLE6,
     Icmp,
     is_error,
     is_error6,
@@ -41,7 +44,7 @@ from netstack.wire.icmp import (
     write_echo,
     write_echo6,
 )
-from netstack.wire.ipv4 import PROTOCOL_ICMP, PROTOCOL_UDP, Ipv4, write_ipv4
+from netstack.wire.ipv4 import PROTOCOL_ICMP, PROTOCOL_TCP, PROTOCOL_UDP, Ipv4, write_ipv4
 from netstack.wire.ipv6 import PROTOCOL_ICMPV6, Ipv6, write_ipv6
 
 # RFC 5508 REQ-2: an ICMP query session must not expire in less than 60 seconds.
@@ -55,6 +58,7 @@ class IcmpStack(Stack, Protocol):
     def addresses(self) -> Addresses: ...
     @property
     def udp(self) -> UdpFlows: ...
+    def on_syn_refused(self, guest: bytes, guest_port: int, peer: bytes, peer_port: int, seq: int) -> bool: ...
 
 
 class PingFlow(DatagramFlow):
@@ -63,6 +67,7 @@ class PingFlow(DatagramFlow):
     __slots__ = ()
 
     protocol: ClassVar[str] = "ping"
+    table: PingFlows
 
     def receive(self, mtu: int, now: float) -> None:
         scratch = self.table.scratch
@@ -180,7 +185,7 @@ class IcmpLayer:
         elif message.type == ECHO_REQUEST:
             self._on_echo_request(link, mac, packet, message, buffer, whole and packet.dont_fragment, now)
         elif is_error(message.type):
-            self._on_error(packet, message, buffer)
+            self._on_error(packet, message, buffer, PORT_UNREACHABLE.type4, PORT_UNREACHABLE.code4)
         else:
             self._stack.counters.drop("icmp_unsupported")
 
@@ -197,7 +202,7 @@ class IcmpLayer:
         elif message.type == ECHO_REQUEST6:
             self._on_echo_request(link, mac, packet, message, buffer, whole, now)
         elif is_error6(message.type):
-            self._on_error(packet, message, buffer)
+            self._on_error(packet, message, buffer, PORT_UNREACHABLE.type6, PORT_UNREACHABLE.code6)
         else:
             self._stack.counters.drop("icmp_unsupported")
 
@@ -231,12 +236,21 @@ class IcmpLayer:
         payload = buffer[packet.payload_start : packet.payload_end]
         self.pings.on_request(link, mac, src, dst, message.ident, payload, packet.ttl, dont_fragment, now)
 
-    def _on_error(self, packet: Ipv4 | Ipv6, message: Icmp, buffer: memoryview) -> None:
-        """A guest complains about a packet that we delivered, or forges that. Untrusted."""
+    def _on_error(self, packet: Ipv4 | Ipv6, message: Icmp, buffer: memoryview, closed: int, code: int) -> None:
+        """A guest complains about a packet that we delivered, or forges that; `closed`, `code`: its port. Untrusted."""
         quoted = parse_quoted(buffer, message.payload_start, message.payload_end)
         if quoted is not None and quoted.protocol == PROTOCOL_UDP and quoted.dst == packet.src:
-            self._stack.udp.on_error_from_guest(quoted.dst, quoted.dst_port)
-        else:
+            refused = (message.type, message.code) == (closed, code)
+            self._stack.udp.on_error_from_guest(
+                quoted.dst, quoted.dst_port, quoted.src, quoted.src_port, refused=refused
+            )
+        elif (
+            quoted is None
+            or quoted.protocol != PROTOCOL_TCP
+            or quoted.dst != packet.src
+            or message.type != (UNREACHABLE if len(packet.src) == 4 else UNREACHABLE6)
+            or not self._stack.on_syn_refused(quoted.dst, quoted.dst_port, quoted.src, quoted.src_port, quoted.seq)
+        ):
             self._stack.counters.drop("icmp_error_from_guest")
 
 

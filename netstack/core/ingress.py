@@ -162,8 +162,19 @@ class Ingress:
         return self._is_anothers(about, mac)
 
     def _is_anothers(self, address: bytes, mac: bytes) -> bool:
-        """Whether an address is the gateway's, or leased to another MAC."""
-        return address in self._addresses.own or self._stack.neighbors.owner_of(address) not in (None, mac)
+        """Whether an address is the gateway's, or leased to another MAC.
+
+        Where a guest has the host's address, the gateway also stands for all addresses outside the guests' network.
+        """
+        addresses = self._addresses
+        if address in addresses.own:
+            return True
+        owner = self._stack.neighbors.owner_of(address)
+        if owner is not None:
+            return owner != mac
+        if not addresses.borrowed or len(address) == 16 or address == UNSPECIFIED4:
+            return False
+        return not addresses.in_subnet(address)
 
     def _is_for_one_host(self, buffer: memoryview, start: int, end: int) -> bool:
         """Whether a frame carries an IP packet whose destination is no group. Untrusted."""
@@ -346,10 +357,18 @@ class Ingress:
         if segment and end - start > segment * MAX_DATAGRAMS:
             self._counters.drop("offload_malformed")
             return
+        caller = stack.udp_forwards.find(packet.src, datagram.src_port, dst, datagram.dst_port)
+        if caller is not None:
+            dont_fragment = packet.dont_fragment if len(dst) == 4 else whole
+            view = buffer[start:end]
+            stack.udp_forwards.on_datagram(caller, link, mac, view, packet.ttl, dont_fragment, now, segment)
+            return
         group = self._addresses.is_group(dst)
         if group or dst in self._addresses.own:
-            service = stack.find_udp_service(dst, datagram.dst_port, group=group)
+            service = stack.udp_services.find(dst, datagram.dst_port)
             if service is not None:
+                if datagram.dst_port in stack.udp_services.quick_ports:
+                    stack.udp_services.remember(link, mac, packet.src, dst, datagram.dst_port)
                 ports = datagram.src_port, datagram.dst_port
                 for at in range(start, max(end, start + 1), segment or MAX_PACKET):
                     payload = bytes(buffer[at : min(at + (segment or MAX_PACKET), end)])

@@ -13,7 +13,10 @@ NEVER: Final = float("-inf")
 
 @dataclass(slots=True, frozen=True)
 class StaticLease:
-    """What the settings say about one guest. An address that is None is chosen as for any other guest."""
+    """What the settings say about one guest. An address that is None is chosen as for any other guest.
+
+    One outside the network is the host's: the guest has it in place of one of ours.
+    """
 
     mac: bytes
     address: bytes | None = None

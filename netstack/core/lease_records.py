@@ -33,7 +33,7 @@ def write_leases(table: LeaseTable, now: float, wall: float) -> dict[str, Any]:
                 "expires6": _to_wall(lease.expires6_at, now, wall),
             }
             for lease in table
-            if lease.confirmed
+            if lease.confirmed and not table.is_outside(lease)
         ],
     }
 

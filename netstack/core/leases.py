@@ -94,6 +94,10 @@ class LeaseTable:
     _static_by_mac: dict[bytes, StaticLease] = field(init=False, default_factory=dict)
     _static_hosts: dict[int, bytes] = field(init=False, default_factory=dict)
     _static_addresses6: dict[bytes, bytes] = field(init=False, default_factory=dict)
+    # Addresses outside the network that the settings give, and who has them. Such a record takes a host number as any
+    # other does, for the IPv6 address that goes with it.
+    _outside: set[bytes] = field(init=False, default_factory=set)
+    _by_outside: dict[bytes, Lease] = field(init=False, default_factory=dict)
     _reserved_hosts: set[int] = field(init=False, default_factory=set)
     # Bit n: the number first + n has no record, and is nobody's by the settings.
     _fresh: int = field(init=False, default=0)
@@ -115,6 +119,7 @@ class LeaseTable:
         given = list(self._static_by_mac.values())
         hosts = [(self._host_of(static.address or b""), static.mac) for static in given]
         self._static_hosts = {host: mac for host, mac in hosts if host is not None}
+        self._outside = {static.address for static in given if static.address and self._host_of(static.address) is None}
         self._static_addresses6 = {static.address6: static.mac for static in given if static.address6 is not None}
         self._names.statics = {name: static.mac for static in given if (name := clean_name(static.name))}
         self._fresh = 0
@@ -123,8 +128,9 @@ class LeaseTable:
                 self._mark_fresh(host)
         self._none_ends_before = NEVER  # of those that the settings kept, one may have
         for lease in self._by_host.values():
-            lease.static = self._static_hosts.get(lease.host) == lease.mac
-            if lease.host in self._static_hosts:
+            outside = self._is_outside(lease.mac, lease.address)
+            lease.static = outside or self._static_hosts.get(lease.host) == lease.mac
+            if lease.static or lease.host in self._static_hosts:
                 # Else a stranger would be given it, as the oldest offer.
                 self._offers.pop(lease.host, None)
             elif not lease.confirmed and lease.host not in self._quarantined:
@@ -146,7 +152,7 @@ class LeaseTable:
         """Give the record of an address of either family, live or not."""
         if len(address) == 4:
             host = self._host_of(address)
-            return None if host is None else self._by_host.get(host)
+            return self._by_outside.get(address) if host is None else self._by_host.get(host)
         return self._by_address6.get(address)
 
     def owner_of(self, address: bytes, now: float) -> bytes | None:
@@ -156,6 +162,10 @@ class LeaseTable:
             return lease.mac
         host = self._host_of(address)
         return None if host is None else self._static_hosts.get(host)
+
+    def is_outside(self, lease: Lease) -> bool:
+        """Whether its address is not one of the network's: the host's, which may be another one tomorrow."""
+        return self._host_of(lease.address) is None
 
     def find_mac(self, mac: bytes) -> Lease | None:
         """Give the record of a guest, live or not; the one used last if it has several."""
@@ -191,13 +201,9 @@ class LeaseTable:
         """
         lease = self._find(mac, client_id, now)
         if lease is None or not self._still_fits(lease):
-            host = self._host_of(address)
-            wanted = self._static_by_mac.get(mac)
-            if host is None or (wanted is not None and wanted.address not in (None, address)):
+            lease = self._create_asked(mac, address, now, link)
+            if lease is None:
                 return None
-            if not self._is_free(host, now, mac) or self._is_greedy(link, now):
-                return None
-            lease = self._create(host, mac, now)
         elif lease.address != address:
             return None
         self._claim(lease, mac, client_id, link)
@@ -205,6 +211,18 @@ class LeaseTable:
         lease.expires_at = now + self.lease_time
         self._confirm(lease, name, now, renewed)
         return lease
+
+    def _create_asked(self, mac: bytes, address: bytes, now: float, link: str) -> Lease | None:
+        """Make the record of a guest that is not known and asks for this address, if it can have it."""
+        if self._is_outside(mac, address):
+            return self._allocate(mac, now, None, link)
+        host = self._host_of(address)
+        wanted = self._static_by_mac.get(mac)
+        if host is None or (wanted is not None and wanted.address not in (None, address)):
+            return None
+        if not self._is_free(host, now, mac) or self._is_greedy(link, now):
+            return None
+        return self._create(host, mac, now)
 
     def bind6(
         self, mac: bytes, now: float, *, duid: bytes = b"", name: str = "", link: str = "", commit: bool = True
@@ -328,6 +346,7 @@ class LeaseTable:
         fits = self._static_hosts.get(lease.host, lease.mac) == lease.mac
         fits &= wanted is None or wanted.address in (None, lease.address)
         fits &= wanted is None or wanted.address6 in (None, lease.address6)
+        fits &= self._host_of(lease.address) is not None or self._is_outside(lease.mac, lease.address)
         if not fits:
             self._forget(lease)
         return fits
@@ -335,7 +354,7 @@ class LeaseTable:
     def _allocate(self, mac: bytes, now: float, requested: bytes | None, link: str) -> Lease | None:
         """Find a host number for a guest without a record, in the order that the head of this file gives."""
         static = self._static_by_mac.get(mac)
-        if static is not None and static.address is not None:
+        if static is not None and static.address is not None and static.address not in self._outside:
             host = self._host_of(static.address)
             if host is None:
                 return None
@@ -356,6 +375,11 @@ class LeaseTable:
             return self._create(self._choose_fresh(mac), mac, now)
         oldest = self._find_expired(now) or next(iter(self._offers.values()), None)
         return None if oldest is None else self._create(oldest.host, mac, now)
+
+    def _is_outside(self, mac: bytes, address: bytes) -> bool:
+        """Whether the settings give this guest this address, which is not one of the network's."""
+        static = self._static_by_mac.get(mac)
+        return address in self._outside and static is not None and static.address == address
 
     def _address_of(self, host: int) -> bytes:
         return (int.from_bytes(self.network, "big") + host).to_bytes(4, "big")
@@ -412,6 +436,8 @@ class LeaseTable:
             self._forget(self._by_host[host])
         static = self._static_by_mac.get(mac)
         address = self._address_of(host)
+        if static is not None and static.address in self._outside:
+            address = static.address or address
         lease = Lease(host, address, self._choose6(host, static), mac)
         lease.static = static is not None and static.address is not None
         self._by_host[host] = lease
@@ -483,6 +509,8 @@ class LeaseTable:
     def _add_index(self, lease: Lease) -> None:
         if lease.address6 is not None:
             self._by_address6[lease.address6] = lease
+        if lease.address in self._outside:
+            self._by_outside[lease.address] = lease
         self._by_mac.setdefault(lease.mac, []).append(lease)
         if lease.client_id:
             self._by_client_id.setdefault(lease.client_id, []).append(lease)
@@ -490,6 +518,8 @@ class LeaseTable:
     def _drop_index(self, lease: Lease) -> None:
         if lease.address6 is not None:
             del self._by_address6[lease.address6]
+        if self._by_outside.get(lease.address) is lease:
+            del self._by_outside[lease.address]
         for index, key in ((self._by_mac, lease.mac), (self._by_client_id, lease.client_id)):
             if not key:
                 continue

@@ -98,6 +98,7 @@ class NdpResponder:
     """When the next advertisement to all guests is due: the first one at once."""
     _initial_left: int = field(init=False, default=MAX_INITIAL)
     _last_multicast_at: float = field(init=False, default=float("-inf"))
+    _withdrawn: tuple[str, ...] = field(init=False, default=())
 
     def on_icmp6(
         self, src: bytes, dst: bytes, hop_limit: int, body: bytes | memoryview, mac: bytes, now: float
@@ -136,12 +137,24 @@ class NdpResponder:
         if self._initial_left > 0:
             self._initial_left -= 1
             wait = min(wait, MAX_INITIAL_INTERVAL)
+        else:
+            self._withdrawn = ()
         self.due_at = now + wait
         return [self.advertisement()]
 
     def advertisement(self) -> NdpMessage:
         """Give the advertisement to all guests as the settings are now."""
         return self._advertise(ALL_NODES, multicast_mac(ALL_NODES))
+
+    def set_search(self, search: Sequence[str], now: float) -> None:
+        """Announce other search domains. Those that are gone are told with a lifetime of 0 (RFC 8106 5.2).
+
+        That is as often as any news is: guests would otherwise keep them for half an hour.
+        """
+        left = (*self._withdrawn, *self.search)
+        self._withdrawn = tuple(dict.fromkeys(name for name in left if name not in search))
+        self.search = tuple(search)
+        self.announce(now)
 
     def announce(self, now: float) -> None:
         """Make the news known to all guests soon: settings changed, or a link came up."""
@@ -211,6 +224,7 @@ class NdpResponder:
             dns=self.dns,
             search=self.search,
             dns_lifetime=DNS_LIFETIME,
+            withdrawn=self._withdrawn,
         )
         return NdpMessage(self.link_local, dst, dst_mac, body)
 

@@ -82,6 +82,8 @@ class Neighbors:
         self._resolutions: dict[bytes, _Resolution] = {}
         # Says whose lease an address is (a MAC), or None. Set by the gateway.
         self.owner_of: Callable[[bytes], bytes | None] = lambda address: None
+        # Told of each address that "appeared" or is "gone". Set by the gateway; a guest decides how often it is called.
+        self.on_change: Callable[[str, Neighbor], None] = lambda what, neighbor: None
 
     def __iter__(self) -> Iterable[Neighbor]:
         return iter(list(self._table.values()))
@@ -101,7 +103,7 @@ class Neighbors:
     def forget_link(self, link: Link) -> None:
         """The link is gone; its guests may come back on another."""
         for address in self._of_link.pop(link, ()):
-            del self._table[address]
+            self.on_change("gone", self._table.pop(address))
 
     def admit(self, link: Link, mac: bytes, address: bytes, now: float) -> Neighbor | None:
         """The neighbor that may send from this address: this MAC on this link. None when it is another's. Untrusted."""
@@ -132,6 +134,7 @@ class Neighbors:
             neighbor.mtu = old.mtu
         self._table[address] = neighbor
         self._of_link.setdefault(link, {})[address] = None
+        self.on_change("appeared", neighbor)
         resolution = self._resolutions.pop(address, None)
         if resolution is not None:
             self._stack.timers.cancel(resolution)
@@ -145,6 +148,7 @@ class Neighbors:
         del addresses[neighbor.address]
         if not addresses:
             del self._of_link[neighbor.link]
+        self.on_change("gone", neighbor)
 
     # ---- ARP -------------------------------------------------------------------------------------------------------
 
@@ -164,13 +168,25 @@ class Neighbors:
         ):
             self._stack.counters.drop("arp_not_its_address")
             return
-        if packet.operation == arp.REQUEST and packet.target_address in self._addresses.own:
+        if packet.operation == arp.REQUEST and (
+            packet.target_address in self._addresses.own
+            or self._is_proxied(packet.sender_address, packet.target_address)
+        ):
             # Also answers a probe for the gateway's own address (RFC 5227 2.1.1): the guest learns of the conflict.
             self._send_arp(
                 link,
                 mac,
                 Arp(arp.REPLY, self._addresses.mac, packet.target_address, mac, packet.sender_address),
             )
+
+    def _is_proxied(self, sender: bytes, target: bytes) -> bool:
+        """Whether we answer for `target` as a proxy (RFC 1027).
+
+        To the guest that has the host's address, all the host's network is on its link. Not for addresses of guests,
+        nor for its own, of which it asks whether others have them.
+        """
+        addresses = self._addresses
+        return sender in addresses.borrowed and target not in addresses.borrowed and not addresses.in_subnet(target)
 
     def announce(self, link: Link) -> None:
         """Gratuitous ARP for the gateway's addresses (RFC 5227 3): a guest that knew another gateway learns ours."""
@@ -197,12 +213,20 @@ class Neighbors:
         if neighbor is not None:
             resolved(neighbor, now)
             return
+        borrowed = address in self._addresses.borrowed
+        if borrowed:
+            # Its owner need not have it on an interface, and would not answer then: rules may do with less.
+            owner = self.owner_of(address)
+            link = self._stack.switch.where(owner) if owner is not None else None
+            if owner is not None and link is not None:
+                resolved(self.learn(link, owner, address, now), now)
+                return
         resolution = self._resolutions.get(address)
         if resolution is None:
             if (
                 len(self._resolutions) >= _RESOLUTIONS
                 or address == BROADCAST4
-                or not self._addresses.in_subnet(address)
+                or not (borrowed or self._addresses.in_subnet(address))
             ):
                 resolved(None, now)
                 return
@@ -211,6 +235,14 @@ class Neighbors:
             self.ask_again(resolution, now)
         else:
             resolution.waiting.append(resolved)
+
+    def give_up(self, now: float) -> None:
+        """The stack ends: whoever waits for an answer hears that there is none."""
+        resolutions, self._resolutions = self._resolutions, {}
+        for resolution in resolutions.values():
+            self._stack.timers.cancel(resolution)
+            for resolved in resolution.waiting:
+                resolved(None, now)
 
     def ask_again(self, resolution: _Resolution, now: float) -> None:
         """A second went by without an answer."""

@@ -117,6 +117,40 @@ class DatagramSocket(Protocol):
         """Take the next error off the socket's error queue (Linux IP_RECVERR); None when there is none."""
 
 
+Caller = tuple[bytes, int, bytes, int]
+"""Who sent to a port of the host: its address and port; the address that it sent to, b"" where the socket is bound to
+one and knows; and the interface, where the caller's address is link-local, else 0."""
+
+
+class DatagramListener(Protocol):
+    """A non-blocking host UDP socket, bound to a port that others send to. It answers from where it was asked."""
+
+    address: bytes  # where it is bound; unspecified: everywhere, of this family alone
+    port: int
+    batches: bool  # whether receive_callers() pays at the moment
+
+    def fileno(self) -> int: ...
+    def close(self) -> None: ...
+    def receive_caller(self, buffer: memoryview) -> tuple[int, int, Caller]:
+        """As DatagramSocket.receive_from()."""
+        ...
+
+    def receive_callers(self, buffer: memoryview, take: Callable[[int, int, Caller], None]) -> int:
+        """As DatagramSocket.receive_batch(): take(length, size, caller) is called."""
+        ...
+
+    def receive_error(self) -> SocketError | None:
+        """As DatagramSocket.receive_error()."""
+
+    def reply_socket(self, caller: Caller) -> DatagramSocket:
+        """What sends to this caller, whatever address and port its methods are given. Nothing is received from it."""
+        ...
+
+    def refuse(self, caller: Caller) -> bool:
+        """Tell the caller by ICMP that nobody listens here. False: this process may not."""
+        ...
+
+
 @dataclass(slots=True)
 class SocketError:
     """What the host's kernel learnt about a datagram that we sent: an ICMP error, or its own refusal."""
@@ -138,6 +172,10 @@ class Host(Protocol):
         """Begin a non-blocking connect. Writable readiness tells its end. Raises OSError when it fails at once."""
         ...
 
+    def is_connected(self, sock: HostSocket) -> bool:
+        """Whether connect() has succeeded already, as over the loopback. False is not wrong where that is unknown."""
+        ...
+
     def connect_error(self, sock: HostSocket) -> int:
         """SO_ERROR: 0 when the connect succeeded, else its errno."""
         ...
@@ -147,6 +185,13 @@ class Host(Protocol):
 
     def open_udp(self, address: bytes, port: int) -> DatagramSocket:
         """An unconnected UDP socket of the family of `address`, bound to `port` where free, else to any port."""
+        ...
+
+    def listen_udp(self, host: str, port: int) -> Sequence[DatagramListener]:
+        """UDP sockets that are bound to this address of the host, as text, and this port; 0 takes a free one.
+
+        One, but for "::" one of each family that the host has. Raises OSError.
+        """
         ...
 
     def open_ping(self, address: bytes) -> DatagramSocket:

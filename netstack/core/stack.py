@@ -31,14 +31,14 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from netstack.core.addresses import Addresses
 from netstack.core.budget import Budgets
+from netstack.core.chunks import CHUNK, LARGE_CHUNK, Chunks
 from netstack.core.counters import Counters
 from netstack.core.flows import FlowKey, FlowTable, Limits, flow_key
+from netstack.core.forwards import find_key
 from netstack.core.headers import FRAME4, FRAME6, SMALLEST4, SMALLEST6
 from netstack.core.icmp import IcmpLayer
 from netstack.core.ingress import Ingress, Packet
@@ -48,10 +48,11 @@ from netstack.core.reassembly import Reassembly, fragment
 from netstack.core.refusals import EXHAUSTED, TCP_PROBLEMS
 from netstack.core.runs import Run, Runs
 from netstack.core.switch import Switch
-from netstack.core.tcp import TcpFlow
-from netstack.core.tcp_output import CHUNK, POOLED_CHUNKS
+from netstack.core.tcp import SYN_SENT, TIME_WAIT, TcpFlow
 from netstack.core.timers import NEVER, Timers
 from netstack.core.udp import UdpFlows
+from netstack.core.udp_forwards import UdpForwards
+from netstack.core.udp_services import QuickAnswer, UdpServices
 from netstack.wire.ethernet import ETHERTYPE_IPV4, ETHERTYPE_IPV6, MIN_FRAME
 from netstack.wire.icmp import NO_ROUTE, Problem, write_error
 from netstack.wire.ipv4 import PROTOCOL_TCP, PROTOCOL_UDP, write_ipv4
@@ -59,9 +60,6 @@ from netstack.wire.ipv6 import write_ipv6
 from netstack.wire.tcp import RST, SYN, Tcp, TcpOptions, write_tcp
 from netstack.wire.udp import write_udp
 from netstack.wire.virtio_net import GSO_TYPE_BEFORE
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 # How long an ACK of less than two full segments waits for data of the host to ride on (delayed ACK, RFC 9293 3.8.6.3,
 # which allows 0.5 s). A request's answer comes within 0.1 ms when its server is on the host; a separate ACK cost a
@@ -79,6 +77,14 @@ class TcpService(Protocol):
 
     def open(self, call: TcpServiceCall) -> HostSocket | None:
         """A connected socket whose other end the service reads; None when it takes no more connections."""
+
+
+class TcpInterceptor(TcpService, Protocol):
+    """A TCP service that stands in for peers of a guest: the host's proxy is to be used for them."""
+
+    def wants(self, address: bytes, port: int) -> bool:
+        """Whether a new connection to this peer is to be served. Called for each: quick, and never raises."""
+        ...
 
 
 class NeighborDiscovery(Protocol):
@@ -131,26 +137,30 @@ class Stack:
         self.neighbors = Neighbors(self, addresses, self.limits.neighbors)
         self.reassembly = Reassembly(self)
         self.udp = UdpFlows(self)
+        self.udp_services = UdpServices(self)
+        self.udp_forwards = UdpForwards(self)
         self.icmp = IcmpLayer(self)
         self.discovery: NeighborDiscovery | None = None
         self.touched: list[TcpFlow] = []
         self.ack_later: list[TcpFlow] = []
-        self.scratch = np.empty(CHUNK, dtype=np.uint8)  # what flows read into from the host
-        self.chunks: list[NDArray[np.uint8]] = []  # such buffers that no flow needs any more
-        self.acked_chunks: list[tuple[Link, NDArray[np.uint8]]] = []  # nor does its guest, as it says
+        self.chunks = Chunks(CHUNK, CHUNK >> 1)  # what flows read into from the host
+        self.large_chunks = Chunks(LARGE_CHUNK, LARGE_CHUNK >> 2)
+        self.read_at_large = 0  # bytes that were read into large chunks in this round
         self.budgets = Budgets(self.limits)
         self._late_acks = _LateAcks(self)
         self._ingress = Ingress(self)
         self._runs = Runs(self, self._receive)
         self._secret = secret
-        self._udp_services: dict[int, list[tuple[frozenset[bytes] | None, UdpService]]] = {}
         self._tcp_services: dict[tuple[bytes, int], TcpService] = {}
+        self._interceptors: dict[int, TcpInterceptor] = {}
         self._protected: set[int] = set()
+        self.blocked_udp: frozenset[int] = frozenset()
         # Guests that seek() is asking for, by address, and who waits for them.
         self._sought: dict[bytes, dict[TcpFlow, None]] = {}
         # Of each link: how many ICMP errors it may still be sent, as of when.
         self._errors: dict[Link, tuple[float, float]] = {}
         self._ident = 0
+        self._made_ports = 0  # how often open_to_guest() was asked: where a search for a port begins
         self.now = 0.0  # of the last call from the rim; for what has no `now` at hand
 
     # ---- from guests -----------------------------------------------------------------------------------------------
@@ -187,6 +197,7 @@ class Stack:
         unpack4 = FRAME4.unpack_from
         find = self.flows.tcp.get
         find_path = self.udp.paths.get
+        quick_ports = self.udp_services.quick_ports
         macs_high = link.macs_high
         macs_low = link.macs_low
         offload = link.offload is not None
@@ -228,7 +239,15 @@ class Stack:
                             and not (offload and buffer[start - GSO_TYPE_BEFORE])  # several datagrams in one frame
                         ):
                             path = find_path((addresses, ports))
-                            if path is not None and path.flow.link is link and low == path.mac_low:
+                            if path is None:
+                                if ports & 0xFFFF in quick_ports:
+                                    first = start + 42
+                                    last = start + 34 + (seq >> 16)
+                                    if first <= last <= start + 14 + total <= end and self.udp_services.receive(
+                                        link, high, low, addresses, ports, buffer, first, last, now
+                                    ):
+                                        continue
+                            elif path.flow.link is link and low == path.mac_low:
                                 # What would be SEG.SEQ are u16 length, u16 checksum.
                                 last = start + 34 + (seq >> 16)
                                 ttl = buffer[start + 22]
@@ -245,7 +264,7 @@ class Stack:
 
     def _receive6(self, link: Link, buffer: memoryview, start: int, end: int, now: float) -> bool:
         """The fast path of IPv6; False: take the slow road."""
-        _, low, _, version, length, protocol, addresses, ports, seq, ack, data, flags, window = FRAME6.unpack_from(
+        high, low, _, version, length, protocol, addresses, ports, seq, ack, data, flags, window = FRAME6.unpack_from(
             buffer, start
         )
         if version >> 4 != 6:
@@ -254,11 +273,13 @@ class Stack:
             if link.offload is not None and buffer[start - GSO_TYPE_BEFORE]:
                 return False
             path = self.udp.paths.get((addresses, ports))
-            if path is None or path.flow.link is not link or low != path.mac_low:
-                return False
-            hops = buffer[start + 21]
             last = start + 54 + (seq >> 16)
-            if hops < 2 or not start + 62 <= last <= start + 54 + length <= end:
+            if not start + 62 <= last <= start + 54 + length <= end:
+                return False
+            if path is None and ports & 0xFFFF in self.udp_services.quick_ports:
+                return self.udp_services.receive(link, high, low, addresses, ports, buffer, start + 62, last, now)
+            hops = buffer[start + 21]
+            if path is None or path.flow.link is not link or low != path.mac_low or hops < 2:
                 return False
             path.send(buffer[start + 62 : last], hops, True, now)
             return True
@@ -365,20 +386,9 @@ class Stack:
         """Hand all queued frames to the kernel: one call a link."""
         for link in tuple(self.switch.links):  # a link that fails closes, and leaves the list
             link.flush()
-        if self.acked_chunks:
-            self._recycle_chunks()
-
-    def _recycle_chunks(self) -> None:
-        """Let acknowledged chunks be read into again.
-
-        A guest may acknowledge what it has not received yet. What is still queued on its link by reference would then
-        show it the data of another flow, so only chunks of links with an empty queue are used again.
-        """
-        chunks = self.chunks
-        for link, chunk in self.acked_chunks:
-            if not link.backlog and len(chunks) < POOLED_CHUNKS:
-                chunks.append(chunk)
-        self.acked_chunks.clear()
+        self.chunks.recycle()
+        self.large_chunks.recycle()
+        self.read_at_large = 0
 
     @property
     def bytes_in_flight(self) -> int:
@@ -416,6 +426,7 @@ class Stack:
         self.budgets.forget(link)
         self._errors.pop(link, None)
         self.udp.close_link(link, now)
+        self.udp_forwards.close_link(link, now)
         self.icmp.close_link(link, now)
         self.reassembly.forget_link(link)
         for flow in self.flows:
@@ -543,22 +554,57 @@ class Stack:
 
     # ---- services --------------------------------------------------------------------------------------------------
 
-    def register_udp(self, port: int, service: UdpService, *, addresses: Iterable[bytes] | None = None) -> None:
-        """Have datagrams to this port answered: at these addresses, or at any of the gateway's and any group."""
-        where = frozenset(addresses) if addresses is not None else None
-        self._udp_services.setdefault(port, []).append((where, service))
+    def register_udp(
+        self,
+        port: int,
+        service: UdpService,
+        *,
+        addresses: Iterable[bytes] | None = None,
+        quick: QuickAnswer | None = None,
+    ) -> None:
+        """Have datagrams to this port answered: at these addresses, or at any of the gateway's and any group.
+
+        With addresses, `quick` may answer some of them without a Datagram (`core.udp_services`).
+        """
+        self.udp_services.register(port, service, addresses, quick)
 
     def register_tcp(self, port: int, service: TcpService, *, addresses: Iterable[bytes]) -> None:
         """Have connections to this port of these addresses of the gateway served."""
         for address in addresses:
             self._tcp_services[address, port] = service
 
-    def find_udp_service(self, dst: bytes, port: int, *, group: bool) -> UdpService | None:
-        """Who answers datagrams to this address, which is the gateway's or a group's."""
-        for where, service in self._udp_services.get(port, ()):
-            if where is None or dst in where:
-                return service
-        return None
+    def intercept_tcp(self, port: int, service: TcpInterceptor | None) -> None:
+        """Have new connections of guests to this port of the world served here, where the service wants them.
+
+        None: they go to their peers again. Connections to the gateway's own addresses, and to where a guest may not go,
+        are never intercepted. Such a connection is accepted before anybody knows whether its peer would.
+        """
+        if service is None:
+            self._interceptors.pop(port, None)
+        else:
+            self._interceptors[port] = service
+
+    def block_udp(self, ports: Iterable[int]) -> None:
+        """Refuse guests' datagrams to these ports of the world, as closed ports do (ICMP); all others are as before."""
+        blocked = frozenset(ports)
+        if blocked != self.blocked_udp:
+            self.blocked_udp = blocked
+            self.udp.forget_paths()
+
+    def replace_socket(self, call: TcpServiceCall, old: HostSocket, new: HostSocket, early: bytes, now: float) -> bool:
+        """Let a guest's connection to a service go on with another host socket. See TcpFlow.replace_socket.
+
+        False: it cannot now, nothing has changed, and `new` is still the caller's.
+        """
+        flow = self.flows.tcp.get(flow_key(call.guest, call.guest_port, call.address, call.port))
+        return flow is not None and flow.replace_socket(old, new, early, now)
+
+    def reset_service(self, call: TcpServiceCall, old: HostSocket, now: float) -> None:
+        """End a guest's connection to a service with RST, if its host side still is `old`."""
+        flow = self.flows.tcp.get(flow_key(call.guest, call.guest_port, call.address, call.port))
+        if flow is not None and flow.sock is old:
+            flow.abort(now, "service refused", tell_guest=True)
+            self.end_round(now)
 
     def protect_port(self, port: int) -> None:
         """No guest reaches this port of the host's loopback: the API listens there."""
@@ -592,8 +638,11 @@ class Stack:
         dst = flow.peer
         port = flow.peer_port
         service = self._tcp_services.get((dst, port))
+        if service is None and self._interceptors:
+            service = self._find_interceptor(dst, port)
         sock: HostSocket | None = None
         error = 0
+        connected = service is not None
         if service is not None:
             sock = service.open(TcpServiceCall(flow.link, flow.guest, flow.guest_port, dst, port))
         elif dst not in (self.addresses.dns, self.addresses.dns6) and not (
@@ -606,6 +655,7 @@ class Stack:
                 return
             try:
                 sock = self.host.open_tcp(target, port)
+                connected = target != dst and self.host.is_connected(sock)  # the host's loopback
             except OSError as failure:
                 error = failure.errno or 0
                 if error in EXHAUSTED:
@@ -616,10 +666,16 @@ class Stack:
             return
         self.flows.add(flow)
         try:
-            flow.open_from_guest(sock)
+            flow.open_from_guest(sock, connected=connected, now=now)
         except OSError as failure:  # the poller's own limits: ENOMEM, or ENOSPC of fs.epoll.max_user_watches
             self._tell_exhausted(failure.errno or 0)
             self.refuse_tcp(flow, 0, now)
+
+    def _find_interceptor(self, dst: bytes, port: int) -> TcpService | None:
+        interceptor = self._interceptors.get(port)
+        if interceptor is None or dst in self.addresses.own or self.addresses.to_host(dst) is None:
+            return None
+        return interceptor if interceptor.wants(dst, port) else None
 
     def _tell_exhausted(self, error: int) -> None:
         """What a guest asked for is refused for a reason that only the host's administrator can mend."""
@@ -652,26 +708,68 @@ class Stack:
         guest_port: int,
         peer: bytes,
         peer_port: int,
-        on_opened: Callable[[TcpFlow | None, int], None],
+        on_opened: Callable[[TcpFlow | None, int], object],
         now: float,
     ) -> None:
-        """Open a connection toward a guest for `sock`, as if from peer:peer_port.
+        """Open a connection toward a guest for `sock`, as if from peer:peer_port; 0: from any port.
 
-        on_opened(flow, 0) when the guest accepted. On failure on_opened(None or the flow, errno), and the socket has
-        been reset. Nothing is read from the socket before.
+        on_opened(flow, 0) when the guest accepted. On failure on_opened(None or the flow, errno), and the socket is
+        reset then, unless the answer is True: the caller has taken it back. Nothing is read from the socket before.
+        Where the guest has a connection with the same four numbers, another port is taken for peer_port, unless that
+        one has ended and only waits (TIME-WAIT): the caller's system has given the port away again, and so it is over
+        for both.
         """
 
         def resolved(neighbor: Neighbor | None, now: float) -> None:
-            key = flow_key(guest, guest_port, peer, peer_port)
-            if neighbor is None or key in self.flows.tcp or self.flows.refusal(neighbor.link) is not None:
+            error = errno.EHOSTUNREACH
+            if neighbor is not None:
+                error = self._open_to_neighbor(sock, neighbor, guest_port, peer, peer_port, on_opened, now)
+            if error and not on_opened(None, error):
                 self.host.reset(sock)
-                on_opened(None, errno.EHOSTUNREACH if neighbor is None else errno.EADDRINUSE)
-                return
-            flow = TcpFlow(self, neighbor.link, neighbor.mac, key, guest, guest_port, peer, peer_port, now)
-            self.flows.add(flow)
-            flow.open_to_guest(sock, on_opened, now)
 
         self.neighbors.resolve(guest, resolved, now)
+
+    def _open_to_neighbor(
+        self,
+        sock: HostSocket,
+        neighbor: Neighbor,
+        guest_port: int,
+        peer: bytes,
+        peer_port: int,
+        on_opened: Callable[[TcpFlow | None, int], object],
+        now: float,
+    ) -> int:
+        guest = neighbor.address
+        key = flow_key(guest, guest_port, peer, peer_port)
+        old = self.flows.tcp.get(key)
+        if old is not None and old.state == TIME_WAIT:
+            old.make_way(now)
+        elif old is not None or not peer_port:
+            self._made_ports += 1
+            found = find_key(self.flows, guest, guest_port, peer, self._made_ports)
+            if found is None:
+                return errno.EADDRINUSE
+            key, peer_port = found
+        if self.flows.refusal(neighbor.link) is not None:
+            waiting = self.flows.oldest_time_wait(neighbor.link)
+            if waiting is None:
+                return errno.ENOBUFS
+            waiting.make_way(now)
+        flow = TcpFlow(self, neighbor.link, neighbor.mac, key, guest, guest_port, peer, peer_port, now)
+        self.flows.add(flow)
+        flow.open_to_guest(sock, on_opened, now)
+        return 0
+
+    def on_syn_refused(self, guest: bytes, guest_port: int, peer: bytes, peer_port: int, seq: int) -> bool:
+        """A guest answers our SYN with ICMP "unreachable", as its packet filter may (RFC 1122 4.2.3.9). Untrusted.
+
+        False when there is no such SYN: its sequence number says that the guest, or nobody, has seen it.
+        """
+        flow = self.flows.tcp.get(flow_key(guest, guest_port, peer, peer_port)) if len(guest) == len(peer) else None
+        if flow is None or flow.state != SYN_SENT or flow.iss != seq:
+            return False
+        flow.abort(self.now, "refused", tell_guest=False, error=errno.ECONNREFUSED)
+        return True
 
     def on_flow_opened(self, flow: TcpFlow) -> None:
         """ESTABLISHED."""
@@ -684,6 +782,8 @@ class Stack:
         """CLOSED: it leaves the table."""
         self.flows.remove(flow)
         self.counters.tcp_closed += 1
+        if flow.forward is not None:
+            flow.forward.on_flow_closed(flow)
         events = self.events
         if events is not None and events.debug:
             events.flow_closed("tcp", *flow.endpoints(), why, flow.bytes_from_guest, flow.bytes_to_guest)

@@ -34,6 +34,7 @@ difference below 2**31 means "not before".
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -48,6 +49,7 @@ from netstack.wire.tcp import ACK, FIN, RST, SYN, TcpOptions
 
 if TYPE_CHECKING:
     from netstack.core.flows import FlowKey
+    from netstack.core.forwards import TcpForward
     from netstack.core.neighbors import Neighbor
     from netstack.core.stack import Stack
 
@@ -60,6 +62,8 @@ STATE_NAMES = (
 
 _RECEIVING = frozenset((ESTABLISHED, FIN_WAIT_1, FIN_WAIT_2))
 _FINISHED_BY_GUEST = frozenset((CLOSE_WAIT, CLOSING, LAST_ACK, TIME_WAIT))
+
+OnOpened = Callable[["TcpFlow", int], object]
 
 M = 0xFFFFFFFF
 HALF = 0x80000000
@@ -81,6 +85,10 @@ _DUPLICATE_ACKS = 3
 # What such a segment costs besides its bytes, and the budget must count: tuple, bytes object and int (CPython, 64 bit).
 OUT_OF_ORDER_OVERHEAD = 128
 
+# RFC 9293 3.8.6.3 asks for an ACK for every second segment. A guest that has had half a megabyte in flight is not kept
+# waiting by one for every fourth, which are 256 KiB at the largest MTU: each ACK wakes its network card's process.
+_IN_BULK = 4
+
 # RFC 5961 section 7: challenge ACKs are limited; one flow may send this many a second.
 _CHALLENGE_ACKS = 10
 
@@ -93,6 +101,13 @@ KEEPALIVE_PROBES = 6
 # How long a host that takes nothing is waited for when the guest's side has closed: Linux' tcp_fin_timeout, which it
 # grants to orphaned connections.
 LINGER = 60.0
+
+# recv(2): look, and leave it there. The same number on every system netstack runs on.
+_MSG_PEEK = 2
+
+# What a service wrote before it hands a connection over is read in so many calls at most: its socket's buffer holds
+# some 200 KiB (Linux: net.core.wmem_default), one call takes 64 KiB or what the guest's window has room for.
+_LAST_READS = 8
 
 # How long the flows of a guest outlive its link: QEMU's reconnect, and netstack's own, try every few seconds.
 LINK_GRACE = 30.0
@@ -122,6 +137,7 @@ class TcpFlow:
         "fast",
         "fd",
         "fin_sent",
+        "forward",
         "guest",
         "guest_fin",
         "guest_port",
@@ -212,7 +228,8 @@ class TcpFlow:
         self.sock: HostSocket | None = None
         self.fd = -1
         self.interest = -1  # the events registered with the poller; -1: not registered
-        self.on_opened: Callable[[TcpFlow, int], None] | None = None
+        self.on_opened: OnOpened | None = None
+        self.forward: TcpForward | None = None  # which brought it, and hears of its end
         # The send sequence space (RFC 9293 3.3.1). Invariant: snd_una <= snd_nxt. What lies before snd_una is gone.
         self.iss = self.snd_una = self.snd_nxt = stack.initial_sequence(key, now)
         self.snd_wnd = self.snd_wl1 = self.snd_wl2 = 0
@@ -256,16 +273,20 @@ class TcpFlow:
 
     # ---- opening ---------------------------------------------------------------------------------------------------
 
-    def open_from_guest(self, sock: HostSocket) -> None:
+    def open_from_guest(self, sock: HostSocket, *, connected: bool, now: float) -> None:
         """LISTEN, a SYN arrived (take_syn), and `sock` has begun to connect: the SYN-ACK waits for it."""
         self._attach(sock)
+        if connected:
+            self._answer_syn(now)
+            return
         self.state = CONNECTING
         self._watch(WRITABLE)
 
-    def open_to_guest(self, sock: HostSocket, on_opened: Callable[[TcpFlow, int], None] | None, now: float) -> None:
+    def open_to_guest(self, sock: HostSocket, on_opened: OnOpened | None, now: float) -> None:
         """Active OPEN toward the guest for `sock`, a connection that the host has.
 
-        on_opened(flow, errno) tells how it ended. Nothing is read from the host before the guest answered.
+        on_opened(flow, errno) tells how it ended. After a failure it may answer True, and then the socket is its own
+        again; else it is reset. Nothing is read from the host before the guest answered.
         """
         self._attach(sock)
         self.on_opened = on_opened
@@ -289,6 +310,48 @@ class TcpFlow:
             self.rcv_shift = RCV_SHIFT
         self.snd_wnd = self.max_snd_wnd = window  # the window of a SYN is never scaled
         self.snd_wl1 = seq
+
+    def replace_socket(self, old: HostSocket, new: HostSocket, early: bytes, now: float) -> bool:
+        """Go on with `new`, connected, in place of `old`: a service of ours has found whom the guest wants to talk to.
+
+        So a tunnel through the gateway's proxy is from here on a flow like any other, and no byte of it passes through
+        the service. What the service has written to its end of `old` reaches the guest first; `early` is what the
+        guest had sent and the service had read. False: not now, because the guest's window is full, say, or `old` is
+        not what we have any more; then nothing has changed. On True `old` is closed and `new` is the flow's.
+        """
+        for _ in range(_LAST_READS):
+            if self.sock is not old or not self.sending:
+                return False
+            try:
+                if not old.recv_into(bytearray(1), 1, _MSG_PEEK):
+                    return False
+            except BlockingIOError:
+                break
+            except OSError:
+                return False
+            tcp_output.pump(self, now)
+            if self.stalled:
+                return False
+        else:
+            return False
+        self._unwatch()
+        old.close()
+        self._attach(new)
+        self.host_shut = False
+        if early:
+            self.to_host = deque((early, *(self.to_host or ())))
+            self.to_host_bytes += len(early)
+            self.shares.for_host.add(len(early))
+        try:
+            self._watch(READABLE | WRITABLE if self.to_host else READABLE)
+        except OSError:  # the poller's own limits
+            self.abort(now, "host exhausted", tell_guest=True)
+            return True
+        if self.to_host:
+            self._flush_to_host(now)
+        elif self.guest_fin:
+            self._shutdown_host(now)
+        return True
 
     def _establish(self, now: float) -> None:
         self.state = ESTABLISHED
@@ -326,6 +389,8 @@ class TcpFlow:
                     self._unwatch()
             elif self.to_host and events & FAILED:
                 self._flush_to_host(now)
+            elif state == SYN_SENT and events & (FAILED | HUNG_UP):
+                self.abort(now, "caller gave up", tell_guest=True, error=tcp_output.ECONNABORTED)
             elif events & (FAILED | HUNG_UP):
                 self._unwatch()
             elif state == SYN_RECEIVED:
@@ -340,6 +405,10 @@ class TcpFlow:
         if error:
             self.stack.refuse_tcp(self, error, now)
             return
+        self._answer_syn(now)
+
+    def _answer_syn(self, now: float) -> None:
+        """connect() succeeded: LISTEN to SYN-RECEIVED."""
         self.state = SYN_RECEIVED
         self._watch(READABLE)  # what will be needed: peers that speak first are the fewer
         tcp_output.send_syn_ack(self, now)
@@ -348,7 +417,10 @@ class TcpFlow:
         """The host sent FIN: all its data has been read and sent; send ours behind it."""
         self.host_eof = True
         self.sending = False
-        self._watch(WRITABLE if self.to_host else 0)
+        if self.to_host:
+            self._watch(WRITABLE)
+        else:
+            self._unwatch()
         tcp_output.send_fin(self, now)
         self.state = FIN_WAIT_1 if self.state == ESTABLISHED else LAST_ACK
         self.fast = False
@@ -709,8 +781,9 @@ class TcpFlow:
                 tcp_output.send_ack(self)
             self._dup_acks_due = 0
         elif self.ack_due:
+            enough = self.mss * (2 if self.rcv_limit < RCV_MAXIMUM else _IN_BULK)
             # Or the guest's next segment does not fit into what it was promised: it waits for this.
-            if (self.rcv_nxt - self.last_ack) & M >= 2 * self.mss or (self.rcv_adv - self.rcv_nxt) & M < self.mss:
+            if (self.rcv_nxt - self.last_ack) & M >= enough or (self.rcv_adv - self.rcv_nxt) & M < self.mss:
                 tcp_output.send_ack(self)
             elif not self.ack_listed:
                 self.ack_listed = True
@@ -860,10 +933,10 @@ class TcpFlow:
                 self.stack.poller.unregister(self.fd)
                 self.interest = -1
             self.sock = None
-            if self.on_opened is not None:
-                self.on_opened(self, error)  # the forward owns the host's connection until the guest answered
-                self.on_opened = None
-            self.stack.host.reset(sock)
+            on_opened, self.on_opened = self.on_opened, None
+            # The forward owns the host's connection until the guest has answered, and may have another use for it.
+            if on_opened is None or not on_opened(self, error):
+                self.stack.host.reset(sock)
         self._forget_to_host()
         self._close(now, why)
 
@@ -1035,6 +1108,7 @@ class TcpFlow:
             self.rtx_at = NEVER
             if self.state == SYN_SENT:
                 tcp_output.on_handshake_timeout(self, now, tcp_output.send_syn)
+                self._watch_caller()
             elif self.state == SYN_RECEIVED:
                 tcp_output.on_handshake_timeout(self, now, tcp_output.send_syn_ack)
             else:
@@ -1049,6 +1123,14 @@ class TcpFlow:
             if self.state == CLOSED:
                 return
         self._arm()
+
+    def _watch_caller(self) -> None:
+        """The guest does not answer at once: the caller may give up. Its reset is reported without being asked for.
+
+        Most guests answer within a millisecond, and for those this would be one system call more.
+        """
+        with contextlib.suppress(OSError):  # the poller's own limits: then it is not noticed
+            self._watch(0)
 
     def _on_idle(self, now: float) -> None:
         """Keep-alive (RFC 9293 3.8.4): is the guest still there?"""

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from netstack.core.chunks import CHUNK
 from netstack.core.timers import NEVER
 from netstack.wire.tcp import ACK, FIN, PSH, SYN, write_syn_options
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 ECONNRESET = errno.ECONNRESET
 ECONNREFUSED = errno.ECONNREFUSED
+ECONNABORTED = errno.ECONNABORTED
 
 M = 0xFFFFFFFF
 
@@ -56,15 +58,11 @@ RCV_SHIFT = 8  # a window of 16 MiB can be said, in steps of 256 bytes
 # The most that one flow has in flight, whatever window the guest offers.
 SND_MAXIMUM = 4 << 20
 
-# One read from the host: some 256 KiB, cut to whole segments. More than that gained nothing (measured), and it bounds
-# the work of one wakeup.
-CHUNK = 1 << 18
+# How much may be read in chunks of the larger size (`core.chunks`) in one round of the poller: where several flows are
+# in bulk, the others are to have their turn soon.
+_AT_LARGE = 2 << 20
 
-# Chunks kept for the next read: new memory costs a page fault for every 4 KiB (98,000 a gigabyte, a fifth of the CPU
-# time of a transfer to a guest, measured), memory used a moment ago is in the cache.
-POOLED_CHUNKS = 32
-
-# So many frames of 64 KiB come to as much, where they are received one by one.
+# Of direct receive: a turn's worth of frames of 64 KiB, which are received one by one.
 _DIRECT_FRAMES = 4
 
 # Small pieces of data that wait are put together up to this size: an entry of its own costs some 300 bytes.
@@ -216,8 +214,10 @@ def pump(flow: TcpFlow, now: float, *, override: bool = False) -> None:
     if link.direct and in_flight >= unit > mss:
         _pump_direct(flow, space, unit, now)
         return
-    limit = min(space, CHUNK // unit * unit)
-    scratch = stack.scratch
+    large = unit > _BURST_MSS and not link.direct and stack.read_at_large < _AT_LARGE
+    chunks = stack.large_chunks if large else stack.chunks
+    limit = min(space, chunks.size // unit * unit)
+    scratch = chunks.scratch
     try:
         n = sock.recv_into(scratch, limit)
     except BlockingIOError:
@@ -231,10 +231,10 @@ def pump(flow: TcpFlow, now: float, *, override: bool = False) -> None:
     if n == 0:
         flow.on_host_eof(now)
         return
-    if n > CHUNK >> 1:
-        view = scratch.data[:n]  # keep it, and read into another one: a copy would cost more
-        pool = stack.chunks
-        stack.scratch = pool.pop() if pool else np.empty(CHUNK, dtype=np.uint8)
+    if n > chunks.keep_from:
+        view = chunks.keep(n)  # a copy would cost more
+        if large:
+            stack.read_at_large += n
     else:
         view = memoryview(bytes(scratch.data[:n]))
     _send_chunk(flow, view, n, unit, now)
@@ -418,7 +418,7 @@ def on_acked(flow: TcpFlow, now: float) -> None:
         chunk: object = view.obj
         if type(chunk) is np.ndarray:
             freed += chunk.nbytes
-            stack.acked_chunks.append((flow.link, chunk))
+            (stack.chunks if chunk.nbytes == CHUNK else stack.large_chunks).on_acked(flow.link, chunk)
         else:
             freed += n
     flow.shares.in_flight.add(-freed)

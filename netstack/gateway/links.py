@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from netstack.config import LinkSpec
@@ -43,6 +43,7 @@ class Links:
         self._mtu = mtu
         self._capture = capture
         self._on_link = on_link
+        self.on_change: Callable[[str, str, str], None] = lambda what, name, why: None  # "up" or "closed", for events
         self._limiter = RateLimiter()
 
     def make_attachment(self, spec: LinkSpec) -> Attachment:
@@ -124,18 +125,30 @@ class Links:
             self._log.info(message, **fields)
 
     def _join(self, link: BaseLink) -> None:
-        if self._capture is not None:
-            link.interface = self._capture.add_link(link.name)
-            link.capture = self._capture
+        self._tap_link(link)
         link.on_closed = lambda why: self._on_closed(link, why)
         now = time.monotonic()
         self._stack.add_link(link, now)
         self._on_link(link, now)
         self._stack.flush()
         self._log.info("link up", link=link.name, mtu=link.mtu)
+        self.on_change("up", link.name, "")
+
+    def set_capture(self, capture: Capture | None, links: Iterable[BaseLink]) -> None:
+        """Write the frames of these links, and of those to come, there from now on; None: nowhere."""
+        self._capture = capture
+        for link in links:
+            link.write_capture()
+            self._tap_link(link)
+
+    def _tap_link(self, link: BaseLink) -> None:
+        if self._capture is not None:
+            link.interface = self._capture.add_link(link.name)
+        link.capture = self._capture
 
     def _on_closed(self, link: BaseLink, why: str) -> None:
         self._stack.remove_link(link, time.monotonic())
+        self.on_change("closed", link.name, why)
         if why.startswith(VIOLATION):
             self._stack.counters.drop("link_violation")
             self._log.warning("link closed", link=link.name, why=why)

@@ -13,10 +13,12 @@ from netstack.control.log import Log
 from netstack.core.leases import LeaseTable
 from netstack.core.ports import Datagram, Events, HostSocket, TcpServiceCall
 from netstack.core.stack import Stack
+from netstack.dns.dns64 import Dns64
 from netstack.dns.follower import Follower
 from netstack.dns.mdns_guests import GROUPS, GuestMdns
 from netstack.dns.mdns_sockets import PORT as MDNS_PORT
 from netstack.dns.mnemonics import rcode_name, type_name
+from netstack.dns.prefixes import parse_prefix
 from netstack.dns.query_log import Logged, format_guest
 from netstack.dns.resolver import Resolver
 from netstack.dns.routes import RoutingTable, format_name
@@ -27,6 +29,7 @@ from netstack.dns.upstream import Upstream
 from netstack.dns.upstream_system import System
 from netstack.gateway.dns_state import DnsView
 from netstack.gateway.local_names import LocalData
+from netstack.gateway.settings import choose_dns_sockets
 
 if TYPE_CHECKING:
     from netstack.core.stack import TcpService
@@ -44,7 +47,7 @@ class StreamService:
     def __init__(
         self,
         nursery: trio.Nursery,
-        serve: Callable[[trio.abc.Stream, TcpServiceCall], Awaitable[None]],
+        serve: Callable[[trio.SocketStream, TcpServiceCall], Awaitable[None]],
         events: Events,
     ) -> None:
         self._nursery = nursery
@@ -106,22 +109,27 @@ class DnsService:
         )
         self.local = LocalData(addresses, leases, config, nursery, events, lambda: self.follower.table)
         self.resolver = Resolver(
-            Upstream(nursery, system=System() if config.dns.fallback == "system" else None),
+            Upstream(nursery, system=System() if config.dns.fallback == "system" else None, poller=stack.poller),
             (self.local,),
             table=self.follower.table,
             mdns=self.local.mdns,
             aliases=self.local.names,
             events=events,
         )
+        self.resolver.upstream.datagrams.max_sockets = choose_dns_sockets()
         # Until a query has gone to a server there is no circle, and nothing is sent on our own account.
         self.resolver.guard.enabled = False
         self.resolver.local_version = lambda: self.local.version
         self._logs_queries = False
+        self._answering: object = None
+        """The settings that make what the cache has wrong when they change."""
+        self.on_answer: Callable[[Datagram, bytes], None] | None = None
+        """Told of every answer by UDP before it goes to a guest, where anybody wants to know."""
         self.resolver.queries.on_query = self._on_query
         self.follower.subscribe(self._on_table)
         self.server = DnsServer(self.resolver, nursery, self._reply, flush=lambda link: link.flush(), events=events)
         where = (addresses.dns, addresses.gateway, addresses.dns6, addresses.gateway6, addresses.link_local)
-        stack.register_udp(PORT, self.server.on_datagram, addresses=where)
+        stack.register_udp(PORT, self.server.on_datagram, addresses=where, quick=self.server.answer_again)
         service: TcpService = StreamService(nursery, self._serve_stream, events)
         stack.register_tcp(PORT, service, addresses=where)
         self.guest_mdns = GuestMdns(self.local.mdns, nursery, self._send_mdns)
@@ -148,7 +156,15 @@ class DnsService:
         self.follower.set_user_scopes(user_scopes(upstreams, routes, dns.search, opportunistic=opportunistic))
         self.local.apply(config)
         self.resolver.cache.max_stale = float(dns.serve_stale)
-        self.resolver.lenient_aaaa = dns.lenient_aaaa
+        self.resolver.wording.lenient_aaaa = dns.lenient_aaaa
+        self.resolver.flights.rebind.configure(dns.rebind_protection, dns.rebind_allow)
+        self.resolver.dns64 = Dns64(parse_prefix(dns.dns64)) if dns.dns64 is not None else None
+        answering = (dns.rebind_protection, dns.rebind_allow, dns.dns64)
+        if answering != self._answering:
+            self._answering = answering
+            self.resolver.flush()
+        limits = config.limits
+        self.server.queries.of_all, self.server.queries.of_each = limits.dns_queries, limits.dns_queries_per_guest
         self._logs_queries = dns.log_queries
         if self.resolver.guard.enabled:
             self.resolver.queries.on_query = self._log_query if dns.log_queries else None
@@ -167,6 +183,8 @@ class DnsService:
         await self.server.serve_stream(stream, call.link, call.guest)
 
     def _reply(self, datagram: Datagram, answer: bytes) -> None:
+        if self.on_answer is not None:
+            self.on_answer(datagram, answer)
         self._stack.send_udp(
             datagram.link, datagram.mac, datagram.dst, datagram.dst_port, datagram.src, datagram.src_port, answer
         )

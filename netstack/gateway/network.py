@@ -8,11 +8,12 @@ import time
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from netstack.config import Config, parse_link_uri
+from netstack.control.events import EventHub
 from netstack.control.log import Events, Log
 from netstack.core import lease_records
 from netstack.core.datagrams import DatagramFlow
@@ -20,18 +21,38 @@ from netstack.core.leases import Lease, LeaseTable
 from netstack.core.ports import Handler
 from netstack.core.stack import Stack
 from netstack.core.tcp import TcpFlow
+from netstack.core.udp_callers import UdpPort
+from netstack.gateway.api_view import ApiView
 from netstack.gateway.dns_state import DnsView
+from netstack.gateway.event_feed import EventFeed
+from netstack.gateway.forwards import Forward, Forwards, OnConflict, Source
+from netstack.gateway.guest_lookup import GuestLookup
+from netstack.gateway.guest_web import serve_guest_http
+from netstack.gateway.host_guest import HostGuest
 from netstack.gateway.links import Links
 from netstack.gateway.names import DnsService
+from netstack.gateway.proxy_ports import ProxyPorts
+from netstack.gateway.proxy_state import ProxyState
 from netstack.gateway.services import AddressServices, build_services, wall_clock
-from netstack.gateway.settings import choose_addresses, choose_limits, claim_lease_file, open_capture, static_leases
-from netstack.gateway.status import statistics_of
+from netstack.gateway.settings import (
+    choose_addresses,
+    choose_limits,
+    choose_ports,
+    claim_lease_file,
+    open_capture,
+    static_leases,
+)
+from netstack.gateway.status import LISTED_FLOWS, statistics_of
 from netstack.host import state, subnets
+from netstack.host.capture import Capture
 from netstack.host.poller import HostPoller
 from netstack.host.sockets import HostSockets
 from netstack.vde.attachment import Attachment, StreamListener
 from netstack.vde.link import BaseLink, LinkPart
 from netstack.wire.ethernet import format_mac
+
+if TYPE_CHECKING:
+    from netstack.gateway.guest_agents import GuestAgents
 
 # How often the host's IPv6 default route is looked for: a small file to read, and guests may be late by that much.
 _ROUTE_INTERVAL = 5.0
@@ -50,10 +71,19 @@ _LEASE_LINES_INTERVAL = 10.0
 # What `reload` can change. The rest is built into the stack, its sockets or its files.
 _LIVE_SETTINGS = frozenset(
     (
+        "auto_publish.enabled",
+        "auto_publish.fallback",
+        "auto_publish.max_ports",
+        "auto_publish.on_conflict",
+        "auto_publish.privileged",
+        "auto_publish.rule",
         "dns.encryption",
         "dns.hosts",
         "dns.serve_stale",
+        "dns.dns64",
         "dns.lenient_aaaa",
+        "dns.rebind_allow",
+        "dns.rebind_protection",
         "dns.log_queries",
         "dns.nameservers",
         "dns.resolv_conf",
@@ -62,10 +92,31 @@ _LIVE_SETTINGS = frozenset(
         "dns.source",
         "dns.upstreams",
         "guest",
+        "limits.dns_queries",
+        "limits.dns_queries_per_guest",
         "limits.flows",
         "limits.flows_per_guest",
         "limits.udp_flows_per_guest",
         "log.level",
+        "proxy.all",
+        "proxy.announce",
+        "proxy.credentials",
+        "proxy.ftp",
+        "proxy.guests",
+        "proxy.http",
+        "proxy.https",
+        "proxy.no_proxy",
+        "proxy.pac",
+        "proxy.share_credentials",
+        "proxy.socks",
+        "proxy.sources",
+        "proxy.block_quic",
+        "proxy.log_requests",
+        "proxy.transparent",
+        "proxy.transparent_http_ports",
+        "proxy.transparent_https_ports",
+        "proxy.wpad",
+        "publish",
     )
 )
 
@@ -73,10 +124,11 @@ _LIVE_SETTINGS = frozenset(
 class Network:
     """What `open_network` gives. Its methods are called from the trio task that opened it."""
 
-    def __init__(self, config: Config, events: Events, log: Log, nursery: trio.Nursery) -> None:
+    def __init__(self, config: Config, log_events: Events, log: Log, nursery: trio.Nursery) -> None:
         self.config = config
         self.log = log
-        self._events = events
+        self.hub = EventHub()
+        self._events = events = EventFeed(log_events, self.hub)
         self._nursery = nursery
         self.started_at = time.monotonic()
         self.started = datetime.now(UTC)
@@ -98,11 +150,15 @@ class Network:
             secret=secrets.token_bytes(32),
             on_earlier=self._on_earlier,
         )
+        self.host_guest = HostGuest(self.addresses, config, log)
         self.leases = self._make_leases()
         self.services: AddressServices = build_services(
             self.stack, self.leases, mtu=config.network.mtu, search=config.dns.search
         )
+        self.services.dhcp.outside = self.host_guest.networks
+        self.services.dhcp.moving = self.host_guest.macs
         self.stack.neighbors.owner_of = self._owner_of
+        self.stack.neighbors.on_change = events.on_neighbor
         self._links = Links(
             self.stack,
             self._poller,
@@ -111,7 +167,28 @@ class Network:
             capture=self.capture,
             on_link=self.services.on_link,
         )
+        self._links.on_change = events.on_link
+        self.guests = GuestLookup(self.stack, self.leases, lambda: self.host_guest.statics(self.config))
+        self.forwards = Forwards(self.stack, self._poller, self.guests, log, events, max_ports=choose_ports())
+        self.forwards.on_change.append(lambda what, forward: events.on_forward(what, forward.describe()))
+        self.api = ApiView(self, nursery)
+        self.guest_http = serve_guest_http(self.stack, nursery, events)
+        self.agents: GuestAgents | None = None
         self.dns = DnsService(self.stack, self.leases, config, nursery, events, self.services.set_search, log)
+        self.proxy = ProxyState(
+            self.stack,
+            self.leases,
+            config,
+            self.dns.resolver,
+            self.services,
+            self.guest_http,
+            nursery,
+            events,
+            log,
+        )
+        self.proxy_ports = ProxyPorts(self.stack, self.dns, self.proxy.router, nursery, events, log, config.proxy)
+        self.proxy.follower.subscribe(lambda was, settings: self.proxy_ports.update())
+        self.dns.follower.subscribe(self.proxy.on_dns_change)
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
@@ -122,10 +199,13 @@ class Network:
         self._nursery.start_soon(self._run_route_watch)
         self._nursery.start_soon(self._run_refresh)
         self.dns.start()
+        self.proxy.start()
         if self.capture is not None:
-            self._nursery.start_soon(self.capture.run)
+            self.api.capture.run(self.capture)
         if self._lease_claim is not None:
             self._nursery.start_soon(self._run_lease_saver, self._lease_claim.path)
+        self.forwards.apply(self.config.publish, strict=True)
+        self._apply_auto_publish()
         for link in self.config.link:
             await self.attach(link.uri)
         await trio.lowlevel.checkpoint()  # the tasks have begun when this returns, so that close() ends them in order
@@ -142,6 +222,13 @@ class Network:
         self._nursery.start_soon(attachment.run)
         return attachment
 
+    async def publish(
+        self, spec: str, *, on_conflict: OnConflict = "error", source: Source = "caller", description: str = ""
+    ) -> Forward:
+        """Forward a port or a socket of the host to a guest, open when this returns. Raises ForwardError."""
+        await trio.lowlevel.checkpoint()
+        return self.forwards.add(spec, on_conflict=on_conflict, source=source, description=description)
+
     async def drain(self) -> None:
         """Wait until nothing is in flight."""
         while True:
@@ -154,7 +241,11 @@ class Network:
         if self._closed:
             return
         self._closed = True
+        if self.agents is not None:
+            self.agents.close()
         now = time.monotonic()
+        self.forwards.close()
+        self.stack.neighbors.give_up(now)
         for flow in self.stack.flows:
             flow.abort(now, "network closed", tell_guest=True)
         self.stack.flush()
@@ -179,14 +270,31 @@ class Network:
         """Apply what can be changed while guests are attached; returns the names of settings that need a restart."""
         fixed = [name for name in self.config.changed(config) if name not in _LIVE_SETTINGS]
         self.log.set_level(config.log.level)
-        self.leases.set_statics(static_leases(config))
+        self.host_guest.refresh(config)
+        self.leases.set_statics(self.host_guest.statics(config))
         self.dns.apply(config)
+        self.proxy.apply(config)
+        self.proxy_ports.update(config.proxy)
         limits, wanted = self.stack.limits, choose_limits(config, self.log)
         limits.tcp_flows = wanted.tcp_flows
         limits.tcp_flows_per_guest = wanted.tcp_flows_per_guest
         limits.udp_flows_per_guest = wanted.udp_flows_per_guest
         self.config = self._with_live_settings(config)
+        self.forwards.apply(self.config.publish)
+        self._apply_auto_publish()
         return fixed
+
+    def _apply_auto_publish(self) -> None:
+        """What guests' agents may have; nothing of it is made while it is off."""
+        table = self.config.auto_publish
+        if self.agents is None:
+            if not table.enabled:
+                return
+            from netstack.gateway.guest_agents import GuestAgents
+
+            self.agents = GuestAgents(self.guest_http, self.forwards, self.stack, self.leases, self.log, self._nursery)
+            self._nursery.start_soon(self.agents.run)
+        self.agents.apply(table, {static.mac: static.name for static in static_leases(self.config)})
 
     def _with_live_settings(self, config: Config) -> Config:
         """Our settings with those of `config` that were taken over: the rest is still to be told of next time."""
@@ -227,9 +335,11 @@ class Network:
                 await trio.lowlevel.checkpoint()
 
     async def _run_route_watch(self) -> None:
-        """The host's way to the IPv6 world changes with its networks; guests are told."""
+        """The host's way to the world changes with its networks; guests are told."""
         while True:
             await trio.sleep(_ROUTE_INTERVAL)
+            if self.host_guest.refresh(self.config):
+                self.leases.set_statics(self.host_guest.statics(self.config))
             self.services.set_router(subnets.has_ipv6_default_route(), time.monotonic())
 
     async def _run_refresh(self) -> None:
@@ -267,6 +377,9 @@ class Network:
             handler.close("internal error")
         elif isinstance(handler, LinkPart):
             handler.link.close("internal error")
+        elif isinstance(handler, UdpPort):
+            handler.close(now, "internal error")
+            handler.forward.done.last_error = "internal error"
         elif isinstance(handler, DatagramFlow):
             handler.table.close(handler, now, "internal error")
 
@@ -284,7 +397,7 @@ class Network:
             addresses.subnet.prefixlen,
             reserved=(addresses.gateway, addresses.dns),
             prefix6=addresses.subnet6.network_address.packed,
-            statics=static_leases(self.config),
+            statics=self.host_guest.statics(self.config),
             is_present=lambda mac: self.stack.switch.where(mac) is not None,
             is_in_use=self._is_in_use,
             on_event=self._on_lease,
@@ -295,6 +408,7 @@ class Network:
         return leases
 
     def _on_lease(self, what: str, lease: Lease) -> None:
+        self._events.on_lease(what, lease)
         if what in ("bound", "declined", "released"):
             now = time.monotonic()
             if now - self._lease_lines_at >= _LEASE_LINES_INTERVAL:
@@ -316,7 +430,7 @@ class Network:
         return neighbor is not None and neighbor.mac != mac
 
     def _owner_of(self, address: bytes) -> bytes | None:
-        return self.leases.owner_of(address, time.monotonic())
+        return self.host_guest.owner_of(address) or self.leases.owner_of(address, time.monotonic())
 
     def _load_leases(self, leases: LeaseTable, path: Path) -> None:
         def take(data: object) -> None:
@@ -345,11 +459,16 @@ class Network:
         """The link URIs that have no guest now."""
         return [attachment.uri for attachment in self._attachments if not attachment.links]
 
+    def set_capture(self, capture: Capture | None) -> None:
+        """Write what crosses the links there from now on; None: nowhere. The one before is still to be closed."""
+        self.capture = capture
+        self._links.set_capture(capture, self.links)
+
     @property
     def dns_view(self) -> DnsView:
         """DNS, as the API shows and changes it."""
         return self.dns.view
 
-    def statistics(self) -> dict[str, Any]:
-        """What is running, as plain data that JSON takes: what `GET /v1/status` shows."""
-        return statistics_of(self)
+    def statistics(self, *, flows: int = LISTED_FLOWS) -> dict[str, Any]:
+        """What is running, as plain data that JSON takes: what `GET /v1/status` shows. Of `flows` so many at most."""
+        return statistics_of(self, flows)

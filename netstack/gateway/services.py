@@ -156,9 +156,9 @@ class AddressServices:
         """
         domains = (*(domain for domain in search if domain != DOMAIN), DOMAIN)
         if domains != tuple(self.ndp.search):
-            self.dhcp.search = self.dhcpv6.search = self.ndp.search = domains
+            self.dhcp.search = self.dhcpv6.search = domains
             now = time.monotonic()
-            self.ndp.announce(now)
+            self.ndp.set_search(domains, now)
             self._rearm(now)
 
     def set_router(self, is_router: bool, now: float) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Sequence
-from ipaddress import IPv4Address, IPv4Network, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 
 from netstack.config import Config, ConfigError
-from netstack.config.tables import AUTO, NetworkTable
+from netstack.config.auto_publish import AutoPublishTable
+from netstack.config.tables import AUTO, HOST, NetworkTable
+from netstack.control.auto_publish import Rule, Rules
 from netstack.control.log import Log
 from netstack.core.addresses import Addresses
 from netstack.core.flows import Limits
 from netstack.core.leases import StaticLease
+from netstack.dns.upstream_udp import MAX_SOCKETS
 from netstack.host import state, subnets
 from netstack.host.capture import Capture
 from netstack.wire.ethernet import parse_mac
@@ -19,9 +22,12 @@ from netstack.wire.ethernet import parse_mac
 # 52:55 and the gateway's IPv4 address: locally administered (bit 1 of the first byte), and it names its network.
 _MAC_PREFIX = b"\x52\x55"
 
-# Descriptors that flows must leave: links (256 guests at most on one socket, but few in fact), DNS queries, the
-# API's connections, files.
+# Descriptors that flows must leave: links (256 guests at most on one socket, but few in fact), the API's connections,
+# files; and those of choose_dns_sockets().
 _RESERVED_DESCRIPTORS = 256
+
+# Ports of forwards: opening so many takes a third of a second, in which guests wait.
+_MOST_PORTS = 16384
 
 
 def choose_addresses(config: Config, log: Log) -> Addresses:
@@ -75,17 +81,28 @@ def _free_subnet(wanted: NetworkTable, taken: Sequence[subnets.Taken], log: Log)
     return free
 
 
-def static_leases(config: Config) -> list[StaticLease]:
-    """The `[[guest]]` entries."""
-    return [
-        StaticLease(
-            parse_mac(guest.mac),
-            IPv4Address(guest.address).packed if guest.address else None,
-            IPv6Address(guest.address6).packed if guest.address6 else None,
-            guest.name,
-        )
-        for guest in config.guest
-    ]
+def static_leases(config: Config, host: bytes | None = None, host6: bytes | None = None) -> list[StaticLease]:
+    """The `[[guest]]` entries; the guest that is the host gets these addresses."""
+    leases = []
+    for guest in config.guest:
+        address6 = IPv6Address(guest.address6).packed if guest.address6 else None
+        if guest.address == HOST:
+            address, address6 = host, address6 or host6
+        else:
+            address = IPv4Address(guest.address).packed if guest.address else None
+        leases.append(StaticLease(parse_mac(guest.mac), address, address6, guest.name))
+    return leases
+
+
+def choose_dns_sockets() -> int:
+    """How many sockets queries to nameservers may take, before they share them."""
+    return min(MAX_SOCKETS, _count_descriptors() // 8)
+
+
+def _count_descriptors() -> int:
+    """How many this process may have."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if descriptors == resource.RLIM_INFINITY else descriptors
 
 
 def choose_limits(config: Config, log: Log) -> Limits:
@@ -94,10 +111,8 @@ def choose_limits(config: Config, log: Log) -> Limits:
     Each flow to the host is one. A reserve is kept for links, the API and files, and no guest gets all.
     """
     wanted = config.limits
-    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if descriptors == resource.RLIM_INFINITY:
-        descriptors = 1 << 20
-    free = max(64, descriptors - _RESERVED_DESCRIPTORS)
+    descriptors = _count_descriptors()
+    free = max(64, descriptors - _RESERVED_DESCRIPTORS - choose_dns_sockets())
     udp = min(Limits().udp_flows, free // 4)
     tcp = min(wanted.flows, free - udp)
     if tcp < wanted.flows:
@@ -110,6 +125,12 @@ def choose_limits(config: Config, log: Log) -> Limits:
         neighbors=wanted.neighbors,
         reassembly_bytes=wanted.reassembly,
     )
+
+
+def choose_ports() -> int:
+    """How many ports of the host forwards may have open: each is a descriptor."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MOST_PORTS if descriptors == resource.RLIM_INFINITY else min(_MOST_PORTS, max(16, descriptors // 4))
 
 
 def claim_lease_file(config: Config, addresses: Addresses, log: Log) -> state.Claim | None:
@@ -139,3 +160,22 @@ def open_capture(config: Config, log: Log) -> Capture | None:
     if config.pcap.file is None:
         return None
     return Capture(config.pcap.file, max_size=config.pcap.max_size, on_warning=log.warning)
+
+
+def auto_publish_rules(table: AutoPublishTable) -> Rules:
+    """The rules of `[auto_publish]`."""
+    rules = tuple(
+        Rule(
+            rule.proto,
+            rule.guest or "",
+            rule.bound_to,
+            rule.guest_ip_must_be_zero,
+            rule.guest_range,
+            ip_address(rule.host_ip),
+            rule.host_range,
+            rule.ignore,
+            rule.static,
+        )
+        for rule in table.rule
+    )
+    return Rules(rules, fallback=table.fallback, privileged=table.privileged)

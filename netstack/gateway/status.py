@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Collection
 from ipaddress import ip_address
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from netstack.core.datagrams import format_endpoint
@@ -16,11 +18,12 @@ if TYPE_CHECKING:
     from netstack.gateway.network import Network
 
 # More flows than this are counted and not listed.
-_LISTED_FLOWS = 1000
+LISTED_FLOWS = 1000
+LISTED_FORWARDS = 1000
 
 
-def statistics_of(network: Network) -> dict[str, Any]:
-    """Everything that is to be seen, ready for JSON."""
+def statistics_of(network: Network, flows: int = LISTED_FLOWS) -> dict[str, Any]:
+    """Everything that is to be seen, ready for JSON; of the flows so many at most."""
     stack = network.stack
     addresses = network.addresses
     now = time.monotonic()
@@ -54,19 +57,22 @@ def statistics_of(network: Network) -> dict[str, Any]:
             for link in network.links
         ]
         + [{"name": uri, "uri": uri, "guests": 0, "connected": False} for uri in network.waiting_uris()],
-        "guests": _guests(network, now),
+        "guests": list_guests(network, now),
         "flows": {
             "tcp": len(stack.flows),
-            "udp": len(stack.udp),
+            "udp": len(stack.udp) + len(stack.udp_forwards),
             "icmp": len(stack.icmp.pings),
             "limit": stack.limits.tcp_flows,
-            "list": _flows(network, now),
+            "list": list_flows(network, now, limit=flows),
         },
+        "forwards": [forward.describe() for forward in islice(network.forwards, LISTED_FORWARDS)],
         "counters": stack.counters.as_dict()
         | network.services.dhcp.counters
         | network.services.dhcpv6.counters
         | network.services.sntp.counters
-        | network.dns.view.counters(),
+        | network.dns.view.counters()
+        | network.proxy.counters()
+        | network.proxy_ports.counters,
         "dns": {
             "cache_entries": len(network.dns.resolver.cache),
             "cache_bytes": network.dns.resolver.cache.bytes,
@@ -78,7 +84,7 @@ def statistics_of(network: Network) -> dict[str, Any]:
     }
 
 
-def _guests(network: Network, now: float) -> list[dict[str, Any]]:
+def list_guests(network: Network, now: float) -> list[dict[str, Any]]:
     """One entry a MAC: what the neighbor table, the switch and the leases know of it."""
     stack = network.stack
     guests: dict[bytes, dict[str, Any]] = {}
@@ -98,16 +104,29 @@ def _guests(network: Network, now: float) -> list[dict[str, Any]]:
             entry["addresses"].append(_text(neighbor.address))
         entry["mtu"] = max(entry["mtu"], neighbor.mtu)
         entry["seen"] = round(min(entry["seen"], now - neighbor.seen_at), 3)
+    if network.agents is not None:
+        for described in network.agents.describe():
+            owner = next((entry for entry in guests.values() if entry["mac"] == described["mac"]), None)
+            if owner is not None:
+                owner["agent"] = {key: described[key] for key in ("agent", "listening", "published", "not_published")}
     return list(guests.values())
 
 
-def _flows(network: Network, now: float) -> list[dict[str, Any]]:
+def list_flows(
+    network: Network,
+    now: float,
+    *,
+    protocols: Collection[str] = ("tcp", "udp", "icmp"),
+    guests: Collection[bytes] | None = None,
+    limit: int = LISTED_FLOWS,
+) -> list[dict[str, Any]]:
+    """Open flows, so many at most; `guests` are the addresses of those that are wanted, None for all."""
     stack = network.stack
     listed: list[dict[str, Any]] = []
-    for flow in stack.flows:
-        if len(listed) >= _LISTED_FLOWS:
+    for flow in stack.flows if "tcp" in protocols else ():
+        if len(listed) >= limit:
             return listed
-        if flow.state == TIME_WAIT:
+        if flow.state == TIME_WAIT or (guests is not None and flow.guest not in guests):
             continue
         guest, peer = flow.endpoints()
         listed.append(
@@ -121,10 +140,12 @@ def _flows(network: Network, now: float) -> list[dict[str, Any]]:
                 "bytes_to_guest": flow.bytes_to_guest,
             }
         )
-    for name, flows in (("udp", stack.udp), ("icmp", stack.icmp.pings)):
-        for datagrams in flows:
-            if len(listed) >= _LISTED_FLOWS:
+    for name, flows in (("udp", stack.udp), ("udp", stack.udp_forwards), ("icmp", stack.icmp.pings)):
+        for datagrams in flows if name in protocols else ():
+            if len(listed) >= limit:
                 return listed
+            if guests is not None and datagrams.guest not in guests:
+                continue
             listed.append(
                 {
                     "protocol": name,
@@ -137,6 +158,30 @@ def _flows(network: Network, now: float) -> list[dict[str, Any]]:
                 }
             )
     return listed
+
+
+def list_leases(network: Network, now: float) -> list[dict[str, Any]]:
+    """Every address that was given out, by host number."""
+    return [
+        {
+            "name": lease.name,
+            "mac": format_mac(lease.mac),
+            "address": _text(lease.address),
+            "address6": _text(lease.address6) if lease.address6 is not None else None,
+            "link": lease.link,
+            "static": lease.static,
+            "live": lease.is_live(now),
+            "expires_in": _left(lease.expires_at, now),
+            "expires6_in": _left(lease.expires6_at, now),
+        }
+        for lease in network.leases
+        if lease.confirmed
+    ]
+
+
+def _left(deadline: float, now: float) -> float | None:
+    """Seconds that are left; None when it was never given or is over."""
+    return round(deadline - now, 1) if deadline > now else None
 
 
 def _text(address: bytes) -> str:

@@ -88,6 +88,16 @@ class Capture:
             raise
         self._open = True
 
+    @property
+    def is_open(self) -> bool:
+        """Whether frames are still written: no limit was reached, no disk was full."""
+        return self._open
+
+    @property
+    def size(self) -> int:
+        """How long the file is, with what is still to be written."""
+        return self._written + self._pending_bytes
+
     def add_link(self, name: str) -> int:
         """The interface id of the link called `name`, described in the file when it is new."""
         if name not in self._interfaces:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from netstack.core.ports import Buffer, SocketError
 
 if TYPE_CHECKING:
-    from netstack.host.batches import BatchReceiver
+    from netstack.host.batches import BatchReceiver, CallerReceiver
 
 _LINUX = sys.platform == "linux"
 
@@ -40,8 +40,8 @@ _MACOS_IP_DONTFRAG = 28
 _MACOS_IPV6_DONTFRAG = 62
 
 # include/uapi/linux/udp.h
-_UDP_SEGMENT = 103
-_UDP_GRO = 104
+UDP_SEGMENT = 103
+UDP_GRO = 104
 
 # struct sock_extended_err (include/uapi/linux/errqueue.h), host byte order; behind it the offender's sockaddr:
 #   u32 errno | u8 origin | u8 type | u8 code | u8 padding | u32 info (an MTU) | u32 data
@@ -79,20 +79,29 @@ _NAMES = 8192
 class AddressNames:
     """Addresses as bytes and as the strings that Python's sockets want: a bounded cache, one for all sockets."""
 
-    __slots__ = ("_addresses", "_names", "_receiver")
+    __slots__ = ("_addresses", "_caller_receiver", "_names", "_receiver")
 
     def __init__(self) -> None:
         self._names: dict[bytes, str] = {}
         self._addresses: dict[str, bytes] = {}
         self._receiver: BatchReceiver | None = None
+        self._caller_receiver: CallerReceiver | None = None
 
     def receiver(self) -> BatchReceiver | None:
         """What receives many datagrams in one call, one for all sockets; None where the system cannot."""
         if self._receiver is None:
-            from netstack.host.batches import make_receiver  # ctypes takes 10 ms to import, and few need it
+            from netstack.host.batches import BatchReceiver, make_receiver  # ctypes: 10 ms to import, and few need it
 
-            self._receiver = make_receiver()
+            self._receiver = make_receiver(BatchReceiver)
         return self._receiver
+
+    def caller_receiver(self) -> CallerReceiver | None:
+        """The same for the sockets of forwards."""
+        if self._caller_receiver is None:
+            from netstack.host.batches import CallerReceiver, make_receiver
+
+            self._caller_receiver = make_receiver(CallerReceiver)
+        return self._caller_receiver
 
     def name(self, address: bytes) -> str:
         """192.168.5.15 for its four bytes."""
@@ -182,7 +191,7 @@ class HostDatagramSocket:
             self._set_ttl(ttl)
         if dont_fragment is not self._dont_fragment:
             self._set_dont_fragment(dont_fragment)
-        control = ((socket.IPPROTO_UDP, _UDP_SEGMENT, segment.to_bytes(2, sys.byteorder)),)
+        control = ((socket.IPPROTO_UDP, UDP_SEGMENT, segment.to_bytes(2, sys.byteorder)),)
         self._sock.sendmsg(payloads, control, 0, (self._names.name(address), port))
 
     def receive_from(self, buffer: memoryview) -> tuple[int, int, bytes, int]:
@@ -198,7 +207,7 @@ class HostDatagramSocket:
             self._merging = False
             if self.segments:
                 with contextlib.suppress(OSError):  # kernels before 5.0
-                    self._sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
+                    self._sock.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
                     self._merging = True
         if self._batch is None and self.segments:
             self._batch = self._names.receiver()
@@ -208,6 +217,11 @@ class HostDatagramSocket:
     def receive_batch(self, buffer: memoryview, take: Callable[[int, int, bytes, int], None]) -> int:
         assert self._batch is not None
         count, merged = self._batch.receive(self._sock.fileno(), self._limit, buffer, take)
+        self._note_batch(count, merged)
+        return count
+
+    def _note_batch(self, count: int, merged: bool) -> None:
+        """Whether receiving by the dozen goes on to pay."""
         # What is merged may be 64 KiB each, and one turn should not fill the guest's link.
         self._limit = _MERGED_LIMIT if merged else min(_BATCH, self._limit * 2)
         if merged or count >= _BATCH_PAYS_FROM:
@@ -215,7 +229,6 @@ class HostDatagramSocket:
         else:
             self._few += 1
             self.batches = self._few < _TRIAL
-        return count
 
     def _receive_merged(self, buffer: memoryview) -> tuple[int, int, bytes, int]:
         """Receive with the segments' size in a control message, which costs 0.4 us more than receiving without."""
@@ -228,7 +241,7 @@ class HostDatagramSocket:
         segment = length
         self._calls += 1
         for level, kind, data in ancillary:
-            if level == socket.IPPROTO_UDP and kind == _UDP_GRO:
+            if level == socket.IPPROTO_UDP and kind == UDP_GRO:
                 segment = int.from_bytes(data[:4], sys.byteorder)
                 self._merged += 1
         return length, segment, self._names.address(peer[0]), peer[1]
@@ -237,7 +250,7 @@ class HostDatagramSocket:
         """Nothing is in the queue: the moment to go back. Senders and devices on the way may not merge at all."""
         if self._merged * 4 < self._calls:
             self._merging = False
-            self._sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 0)
+            self._sock.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 0)
             # What came in between may be merged, and without the option the kernel does not say so: lose it.
             with contextlib.suppress(OSError):
                 while True:
@@ -290,16 +303,16 @@ class HostDatagramSocket:
 _ERROR_MESSAGES = frozenset(((socket.IPPROTO_IP, _IP_RECVERR), (socket.IPPROTO_IPV6, _IPV6_RECVERR)))
 
 
-def _set_receive_buffer(sock: socket.socket) -> None:
+def set_receive_buffer(sock: socket.socket, size: int = _RECEIVE_BUFFER) -> None:
     """Room for bursts; beyond net.core.rmem_max only root gets it."""
     if _LINUX:
         try:
-            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
+            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)
         except OSError:
             pass
         else:
             return
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
 
 def open_udp(names: AddressNames, address: bytes, port: int) -> HostDatagramSocket:
@@ -312,7 +325,7 @@ def open_udp(names: AddressNames, address: bytes, port: int) -> HostDatagramSock
     try:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # the other family has sockets of its own
-        _set_receive_buffer(sock)
+        set_receive_buffer(sock)
         if not _LINUX:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         any_address = "::" if family == socket.AF_INET6 else "0.0.0.0"

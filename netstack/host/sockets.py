@@ -6,9 +6,11 @@ import contextlib
 import errno
 import socket
 import struct
+import sys
+from collections.abc import Sequence
 from ipaddress import IPv6Address
 
-from netstack.core.ports import DatagramSocket, HostSocket
+from netstack.core.ports import DatagramListener, DatagramSocket, HostSocket
 from netstack.host.datagrams import AddressNames, open_udp
 from netstack.host.ping import open_ping
 
@@ -21,6 +23,10 @@ _IN_PROGRESS = frozenset((0, errno.EINPROGRESS))
 # Linux makes a socket non-blocking at once, without another call (socket(2)).
 _NONBLOCK: int = getattr(socket, "SOCK_NONBLOCK", 0)
 _STREAM = socket.SOCK_STREAM | _NONBLOCK
+
+# The first byte of struct tcp_info is the state (linux/tcp.h); 1 is TCP_ESTABLISHED (net/tcp_states.h).
+_TCP_INFO = socket.TCP_INFO if sys.platform == "linux" else -1
+_ESTABLISHED = b"\x01"
 
 # A guest's upload is written here in batches of up to 1 MiB; the kernel grows it by itself up to tcp_wmem, but a larger
 # start saves the first short writes.
@@ -50,6 +56,11 @@ class HostSockets:
             raise
         return sock
 
+    def is_connected(self, sock: HostSocket) -> bool:
+        """One system call; the way over the poller takes two, and a round."""
+        assert isinstance(sock, socket.socket)
+        return _TCP_INFO >= 0 and sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 1) == _ESTABLISHED
+
     def connect_error(self, sock: HostSocket) -> int:
         """SO_ERROR, cleared by reading it."""
         assert isinstance(sock, socket.socket)
@@ -65,6 +76,12 @@ class HostSockets:
     def open_udp(self, address: bytes, port: int) -> DatagramSocket:
         """An unconnected UDP socket of the family of `address`, on `port` where that is free."""
         return open_udp(self._names, address, port)
+
+    def listen_udp(self, host: str, port: int) -> Sequence[DatagramListener]:
+        """UDP sockets bound to an address of the host; the module of its own is for those who forward."""
+        from netstack.host.udp_listeners import open_udp_listeners
+
+        return open_udp_listeners(self._names, host, port)
 
     def open_ping(self, address: bytes) -> DatagramSocket:
         """A ping socket of the family of `address`; PermissionError where the host forbids it."""

@@ -62,6 +62,7 @@ OPTION_RAPID_COMMIT: Final = 80  # RFC 4039
 OPTION_CLIENT_FQDN: Final = 81  # RFC 4702
 OPTION_SEARCH: Final = 119  # RFC 3397
 OPTION_ROUTES: Final = 121  # RFC 3442
+OPTION_WPAD: Final = 252  # draft-ietf-wrec-wpad-01 4.4.1: the URL of a proxy auto-config script, for private use
 OPTION_END: Final = 255
 
 FLAG_BROADCAST: Final = 0x8000

@@ -234,6 +234,17 @@ def write_error(src: bytes, packet: Buffer, problem: Problem, parameter: int = 0
     return write_ipv6(src, ip.src, PROTOCOL_ICMPV6, len(message), ttl=ttl) + message
 
 
+def write_refusal(datagram: bytes) -> bytes:
+    """The ICMP message that says that this UDP datagram, a whole IP packet, found no one: without an IP header.
+
+    For a raw socket, where the kernel puts in the checksum of ICMPv6 (RFC 3542 3.1), which is left out here.
+    """
+    if datagram[0] >> 4 == 4:
+        header = _HEADER.pack(PORT_UNREACHABLE.type4, PORT_UNREACHABLE.code4, 0, 0)
+        return _finished(header, datagram, 0)
+    return _HEADER.pack(PORT_UNREACHABLE.type6, PORT_UNREACHABLE.code6, 0, 0) + datagram
+
+
 def _rest_of_error(kind: int, code: int, parameter: int) -> int:
     """Where ICMP keeps its parameter; ICMPv6 uses all 32 bits for it."""
     if kind == UNREACHABLE and code == FRAGMENTATION_NEEDED:

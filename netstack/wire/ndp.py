@@ -173,10 +173,11 @@ def write_router_advertisement(
     dns: Sequence[bytes] = (),
     search: Sequence[str] = (),
     dns_lifetime: int = 0,
+    withdrawn: Sequence[str] = (),
 ) -> bytes:
     """A router advertisement with its checksum. Lifetimes are in seconds; `lifetime` 0 says "no default router".
 
-    `dns_lifetime` holds for the servers and for the search list.
+    `dns_lifetime` holds for the servers and for the search list; the domains `withdrawn` are to be forgotten.
     """
     flags = (0x80 if managed else 0) | (0x40 if other else 0)
     parts = [
@@ -190,11 +191,12 @@ def write_router_advertisement(
         parts.append(_PREFIX_OPTION.pack(_PREFIX, 4, length, 0xC0, valid, preferred, 0, prefix))
     if dns:
         parts.append(_LONG_OPTION.pack(_RDNSS, 1 + 2 * len(dns), 0, dns_lifetime) + b"".join(dns))
-    names = write_domains(search)
-    # The length has to fit into a byte: 2,032 bytes of names. A list longer than that is not announced at all.
-    if 0 < len(names) <= 254 * 8:
-        names += bytes(-len(names) % 8)
-        parts.append(_LONG_OPTION.pack(_DNSSL, 1 + len(names) // 8, 0, dns_lifetime) + names)
+    for domains, seconds in ((search, dns_lifetime), (withdrawn, 0)):
+        names = write_domains(domains)
+        # The length has to fit into a byte: 2,032 bytes of names. A list longer than that is not announced at all.
+        if 0 < len(names) <= 254 * 8:
+            names += bytes(-len(names) % 8)
+            parts.append(_LONG_OPTION.pack(_DNSSL, 1 + len(names) // 8, 0, seconds) + names)
     return _finished(src, dst, b"".join(parts))
 
 

@@ -48,7 +48,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("run --api tcp://0.0.0.0:1", "--api tcp://0.0.0.0:1: the API is served on loopback only"),
         ("run --log-level loud", "--log-level loud must be"),
         ("run --log-format xml", "--log-format xml must be 'console' or 'json'"),
-        ("run -p 8080:80", "-p 8080:80: forwards come with a later version"),
+        ("run -p 8080", "-p 8080: which port of the host?"),
         ("run --config /none.toml", "/none.toml: No such file or directory"),
         ("run --ready-fd 999", "--ready-fd 999: no such open file descriptor"),
         ("run --pidfile /none/n.pid", "--pidfile /none/n.pid: there is no directory /none"),

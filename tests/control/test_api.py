@@ -8,7 +8,7 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,49 @@ import pytest
 import trio
 
 from netstack.control.api import ApiError, ApiListener, listen_tcp, listen_unix, serve_api
+from netstack.control.events import EventHub
 from netstack.control.log import Log
+from netstack.control.tunnels import UnknownGuestError
 
 
 class Source:
-    """A network to look at."""
-
-    def __init__(self) -> None:
-        self.answer: dict[str, Any] = {"version": "9", "guests": [{"name": "é"}]}
-        self.fails = False
+    """A network to look at, of which most is not asked for here."""
 
     dns_view: Any = None  # tests/control/test_dns_api.py
+    forwards: Any = ()
+    capture: Any = None
+    gvproxy: Any = None
+
+    def __init__(self) -> None:
+        self.hub = EventHub()
+        self.answer: dict[str, Any] = {"version": "9", "guests": [{"name": "é"}]}
+        self.fails = False
 
     def statistics(self) -> Mapping[str, Any]:
         if self.fails:
             raise RuntimeError("a bug")
         return self.answer
+
+    def summary(self) -> dict[str, Any]:
+        return dict(self.statistics())
+
+    def guests(self) -> list[dict[str, Any]]:
+        return []
+
+    def lease_list(self) -> list[dict[str, Any]]:
+        return []
+
+    def flows(self, protocol: str | None, guest: str | None, limit: int) -> dict[str, Any]:
+        return {"asked": [protocol, guest, limit]}
+
+    def proxy(self) -> Mapping[str, Any] | None:
+        return None
+
+    def proxy_env(self, form: str) -> str:
+        raise ValueError(f"no {form}")
+
+    def open_guest(self, sock: socket.socket, guest: str, port: int, on_opened: Callable[[int], None]) -> None:
+        raise UnknownGuestError(f"there is no guest {guest!r}")
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import netstack
 from netstack.control.api import listen_unix, make_app, serve_api
-from netstack.control.dns_api import MAX_BODY
+from netstack.control.bodies import MAX_BODY
 from netstack.control.log import Log
 from tests.dns.nameserver import TestNameserver, open_nameserver
 
@@ -32,7 +32,7 @@ async def running(tmp_path: Path, **settings: Any) -> AsyncIterator[tuple[httpx.
     table = {"source": "none", "hosts_file": tmp_path / "hosts", "mdns": False, **settings}
     config = netstack.Config(network=SUBNET, dns=table)
     async with netstack.open_network(config, log=Log("error")) as network:
-        transport = httpx.ASGITransport(make_app(network, None))
+        transport = httpx.ASGITransport(make_app(network.api, None))
         async with httpx.AsyncClient(transport=transport, base_url="http://netstack") as client:
             yield client, network
 
@@ -158,7 +158,7 @@ async def test_what_cannot_be_done_is_refused_with_words(
 async def test_a_long_body_is_refused(tmp_path: Path, nursery: trio.Nursery) -> None:
     async with running(tmp_path) as (_, network):
         path = str(tmp_path / "api.sock")
-        await nursery.start(partial(serve_api, network, [listen_unix(path)]))
+        await nursery.start(partial(serve_api, network.api, [listen_unix(path)]))
         transport = httpx.AsyncHTTPTransport(uds=path)
         async with httpx.AsyncClient(transport=transport, base_url="http://netstack") as client:
             answer = await client.post("/v1/dns/hosts", content=b" " * (MAX_BODY + 1))
@@ -188,6 +188,7 @@ async def test_numbers_for_prometheus(tmp_path: Path, accept: str) -> None:
         await ask(client, "localhost")
         await ask(client, "www.example.com")
         network.stack.counters.drop("too_short")
+        forward = network.forwards.add("127.0.0.1:0:web:80")
         answer = await client.get("/metrics", headers={"accept": accept})
         assert answer.headers["content-type"].startswith(
             "application/openmetrics" if accept else "text/plain; version=0.0.4"
@@ -207,6 +208,8 @@ async def test_numbers_for_prometheus(tmp_path: Path, accept: str) -> None:
         assert found["netstack_dns_hosts_file_names",] == 1
         assert found["netstack_info", "10.98.7.0/24", "fd00:a62:7::/64", netstack.__version__] == 1
         assert found["netstack_uptime_seconds",] > 0
+        assert found["netstack_forwards",] == 1
+        assert found["netstack_forward_connections", "user", str(forward.spec)] == 0
 
 
 async def test_settings_are_taken_over_while_it_runs(tmp_path: Path) -> None:

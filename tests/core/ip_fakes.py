@@ -19,6 +19,7 @@ from netstack.core.ports import (
     READABLE,
     Buffer,
     Capture,
+    DatagramListener,
     DrainWaiter,
     Events,
     Handler,
@@ -215,6 +216,9 @@ class FakeHost:
     def open_tcp(self, address: bytes, port: int) -> HostSocket:
         raise NotImplementedError
 
+    def is_connected(self, sock: HostSocket) -> bool:
+        raise NotImplementedError
+
     def connect_error(self, sock: HostSocket) -> int:
         raise NotImplementedError
 
@@ -225,6 +229,9 @@ class FakeHost:
         sock = self._open()
         self.udp.append((address, port, sock))
         return sock
+
+    def listen_udp(self, host: str, port: int) -> Sequence[DatagramListener]:
+        raise NotImplementedError
 
     def open_ping(self, address: bytes) -> FakeDatagramSocket:
         sock = self._open()
@@ -325,10 +332,14 @@ class FakeStack:
         self.mac = self.addresses.mac
         self.touched: list[Any] = []
         self.denied: set[bytes] = set()
+        self.blocked_udp: frozenset[int] = frozenset()
         self.udp = UdpFlows(self)
         self.ident = 0
         self.packets: list[tuple[Link, bytes, bytes]] = []
         self.errors: list[SentError] = []
+
+    def on_syn_refused(self, guest: bytes, guest_port: int, peer: bytes, peer_port: int, seq: int) -> bool:
+        return False  # no connections here
 
     def send_ip(self, link: Link, mac: bytes, packet: bytes, payload: Buffer | None = None) -> None:
         self.packets.append((link, mac, packet if payload is None else packet + bytes(payload)))

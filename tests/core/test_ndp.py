@@ -256,3 +256,42 @@ def test_any_messages_are_survived(steps: list[tuple[bytes, bytes, int, bytes, b
         for message in recorder.hear(mutated, src=src, dst=dst, now=float(step)):
             assert len(message.src) == len(message.dst) == 16
             assert len(message.dst_mac) == 6
+
+
+def search_lists(message: NdpMessage) -> dict[int, list[str]]:
+    """The search lists of an advertisement, by lifetime."""
+    found: dict[int, list[str]] = {}
+    option = ICMPv6ND_RA(message.body).payload
+    while option:
+        if isinstance(option, ICMPv6NDOptDNSSL):
+            found[option.lifetime] = option.searchlist
+        option = option.payload
+    return found
+
+
+def test_search_domains_that_vanish_are_told_with_a_lifetime_of_0() -> None:
+    """RFC 8106 5.2: guests would keep them for 1,800 s. As often as other news is told, then no more."""
+    ndp = Recorder().ndp
+    now = 100.0
+    for _ in range(4):
+        (message,) = ndp.on_timer(now)
+        now = ndp.due_at
+    ndp.set_search(("corp.example", "netstack.internal"), now)
+    (message,) = ndp.on_timer(ndp.due_at)
+    assert search_lists(message) == {1800: ["corp.example.", "netstack.internal."]}
+    now = ndp.due_at - 10
+    ndp.set_search(("netstack.internal",), now)
+    for _ in range(3):
+        (message,) = ndp.on_timer(ndp.due_at)
+        assert search_lists(message) == {1800: ["netstack.internal."], 0: ["corp.example."]}
+    (message,) = ndp.on_timer(ndp.due_at)
+    assert search_lists(message) == {1800: ["netstack.internal."]}
+
+
+def test_a_search_domain_that_comes_back_is_not_withdrawn() -> None:
+    ndp = Recorder().ndp
+    ndp.on_timer(100.0)
+    ndp.set_search(("a.example",), 200.0)
+    ndp.set_search(("b.example", "netstack.internal"), 201.0)
+    (message,) = ndp.on_timer(ndp.due_at)
+    assert search_lists(message) == {1800: ["b.example.", "netstack.internal."], 0: ["a.example."]}

@@ -9,7 +9,12 @@ import pytest
 from netstack.core.flows import Limits
 from netstack.core.tcp import TcpFlow
 from netstack.wire.arp import parse_arp, write_arp
+from netstack.wire.icmp import PORT_UNREACHABLE, write_error
+from netstack.wire.ipv4 import PROTOCOL_TCP, write_ipv4
+from netstack.wire.ipv6 import write_ipv6
+from netstack.wire.tcp import SYN, write_tcp
 from tests.fakes import FakeSocket
+from tests.frames import read_segment
 from tests.script import Talk, established, seg
 from tests.world import GUEST4, GUEST6, WORLD4, WORLD6, World
 
@@ -171,9 +176,63 @@ def test_the_same_connection_twice() -> None:
     first = _forward()
     first.talk.expect(seg("S"))
     second = _forward(first.talk)
-    assert second.ends == [(None, errno.EADDRINUSE)]
-    assert second.sock.was_reset
+    (syn,) = [each for frame in first.talk.world.take(first.talk.link) if (each := read_segment(frame)) is not None]
+    assert (syn.dst_port, syn.src) == (first.talk.port, first.talk.peer)
+    assert 32768 <= syn.src_port <= 60999
+    assert not second.ends
     assert not first.sock.closed
+
+
+@FAMILIES
+def test_the_same_connection_again_when_the_first_has_ended(ipv6: bool) -> None:
+    """The caller's system has given the port away a second time, so it is over for both (RFC 9293 3.6.1)."""
+    first = _forward(ipv6=ipv6)
+    talk = first.talk
+    talk.expect(seg("S"))
+    talk.guest(seg("SA", mss=1440))
+    talk.expect(seg("A"))
+    first.sock.closes()
+    talk.settle()
+    talk.expect(seg("FA", seq=1, ack=1))
+    talk.guest(seg("FA", ack=2))
+    talk.expect(seg("A", seq=2, ack=2))
+    assert talk.state == "TIME_WAIT"
+    second = _forward(talk)
+    (syn,) = [each for frame in talk.world.take(talk.link) if (each := read_segment(frame)) is not None]
+    assert (syn.src_port, syn.dst_port) == (talk.peer_port, talk.port)
+    assert talk.state == "SYN_SENT"
+    assert not second.ends
+
+
+def test_a_caller_who_gives_up_before_the_guest_has_answered() -> None:
+    forward = _forward()
+    talk = forward.talk
+    talk.expect(seg("S"))
+    forward.sock.breaks()
+    talk.at(1)
+    talk.expect(seg("S"), seg("RA", seq=1))
+    assert forward.errors == [errno.ECONNABORTED]
+    assert talk.state == "CLOSED"
+
+
+@FAMILIES
+@pytest.mark.parametrize(("off", "state"), ((0, "CLOSED"), (1, "SYN_SENT")), ids=("our SYN", "another"))
+def test_a_packet_filter_of_the_guest_that_answers_with_icmp(ipv6: bool, off: int, state: str) -> None:
+    """RFC 1122 4.2.3.9: port unreachable aborts a connection that is being opened; RFC 5927 4.1: if it quotes it."""
+    forward = _forward(ipv6=ipv6)
+    talk = forward.talk
+    talk.expect(seg("S"))
+    addresses = talk.peer, talk.address
+    assert talk.iss is not None
+    syn = write_tcp(*addresses, talk.peer_port, talk.port, (talk.iss + off) & 0xFFFFFFFF, 0, SYN, 65535)
+    packet = (write_ipv6 if ipv6 else write_ipv4)(*addresses, PROTOCOL_TCP, len(syn)) + syn
+    error = write_error(talk.address, packet, PORT_UNREACHABLE)
+    assert error is not None
+    kind = b"\x86\xdd" if ipv6 else b"\x08\x00"
+    talk.world.receive(talk.link, talk.world.mac + talk.mac + kind + error)
+    assert talk.state == state
+    assert forward.errors == ([errno.ECONNREFUSED] if state == "CLOSED" else [])
+    assert talk.drops.get("icmp_error_from_guest", 0) == off
 
 
 def test_no_room_in_the_table() -> None:

@@ -9,8 +9,8 @@ import random
 import pytest
 
 from netstack.core import stack as stack_module
+from netstack.core.chunks import CHUNK, LARGE_CHUNK
 from netstack.core.ports import READABLE, WRITABLE
-from netstack.core.tcp_output import CHUNK
 from tests.script import Talk, close_wait, established, fin_wait_2, seg
 
 ACK_DELAY = stack_module.ACK_DELAY
@@ -370,35 +370,35 @@ def test_chunks_are_used_again_only_when_nobody_needs_them() -> None:
     talk = established(mtu=65520, mss=65480, scale=7)
     other = established(talk=Talk(world=talk.world, guest_port=40001), mss=65480, scale=7)
     talk.link.stuck = True
-    talk.host.sends(b"a" * 200_000)
+    talk.host.sends(b"a" * 300_000)
     talk.settle()
-    talk.world.receive(talk.link, talk.frame(seg("A", ack=200_001)))
+    talk.world.receive(talk.link, talk.frame(seg("A", ack=300_001)))
     assert talk.world.stack.bytes_in_flight == 0
-    other.host.sends(b"b" * 600_000)  # several reads: the last ones into what is used again
+    other.host.sends(b"b" * 2_500_000)  # several reads: the last ones into what is used again
     talk.settle()
     talk.link.stuck = False
     talk.world.end_round()
     payloads = [frame[54:] for frame in talk.world.take(talk.link)]
     # Whoever reads them now: the first flow's are whole.
-    assert b"".join(payloads).count(b"a") == 200_000
-    assert b"".join(payloads).count(b"b") == 600_000
+    assert b"".join(payloads).count(b"a") == 300_000
+    assert b"".join(payloads).count(b"b") == 2_500_000
 
 
 def test_chunks_of_a_flow_that_moved_are_not_used_again() -> None:
     """The queue of the link that it came from may hold them still."""
     talk = established(mtu=65520, mss=65480, scale=7)
     talk.link.stuck = True
-    talk.host.sends(b"a" * 200_000)
+    talk.host.sends(b"a" * 300_000)
     talk.settle()
     before, there = talk.link, talk.world.add_link("there", mtu=65520)
     talk.world.stack.switch.remove(before)  # as if the guest had been silent there for a while
     talk.link = there
-    talk.world.receive(there, talk.frame(seg("A", ack=200_001)))
+    talk.world.receive(there, talk.frame(seg("A", ack=300_001)))
     assert talk.world.stack.bytes_in_flight == 0
-    talk.host.sends(b"b" * 600_000)
+    talk.host.sends(b"b" * 2_500_000)
     talk.settle()
     before.drain(talk.world.now)
-    assert b"".join(frame[54:] for frame in talk.world.take(before)).count(b"a") == 200_000
+    assert b"".join(frame[54:] for frame in talk.world.take(before)).count(b"a") == 300_000
 
 
 # ---- half open
@@ -432,6 +432,32 @@ def test_a_large_read_counts_the_whole_chunk_that_it_keeps() -> None:
     talk.received()
     talk.guest(seg("A", ack=140_001))
     assert talk.world.stack.bytes_in_flight == 0
+
+
+def test_a_large_read_of_large_frames_counts_the_whole_chunk_too() -> None:
+    talk = established(mtu=65520, mss=65480, scale=7)
+    talk.host.sends(b"x" * 300_000)
+    talk.settle()
+    assert len(talk.flow.rtx) == 1
+    assert talk.world.stack.bytes_in_flight == LARGE_CHUNK
+    talk.received()
+    talk.guest(seg("A", ack=300_001))
+    assert talk.world.stack.bytes_in_flight == 0
+
+
+def test_flows_in_bulk_share_a_round() -> None:
+    """Each reads 1 MiB in it as long as they are few; then it is 256 KiB, so that the others have their turn soon."""
+    talk = established(mtu=65520, mss=65480, scale=7)
+    flows = [
+        talk,
+        *(established(talk=Talk(world=talk.world, guest_port=40001 + i), mss=65480, scale=7) for i in range(5)),
+    ]
+    for one in flows:
+        one.host.sends(b"x" * 1_100_000)
+    for one in flows:
+        one.flow.on_ready(READABLE, talk.world.now)
+    sizes = [len(one.flow.rtx[0][1]) for one in flows]
+    assert [size > CHUNK for size in sizes] == [True, True, True, False, False, False]
 
 
 def test_a_guest_that_has_said_all_acknowledges_on_the_fast_path() -> None:

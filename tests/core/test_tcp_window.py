@@ -10,6 +10,7 @@ import pytest
 from netstack.core import tcp_output
 from netstack.core.flows import Limits
 from netstack.core.ports import READABLE, WRITABLE
+from netstack.core.stack import ACK_DELAY
 from netstack.core.tcp import OUT_OF_ORDER_OVERHEAD, TcpFlow
 from netstack.core.tcp_output import RCV_INITIAL, RCV_MAXIMUM
 from netstack.core.timers import NEVER
@@ -107,6 +108,26 @@ def test_the_window_grows_while_the_host_keeps_up() -> None:
         assert got.win << 8 <= talk.flow.rcv_limit
     assert limits[-1] == RCV_MAXIMUM
     assert limits == sorted(limits)
+
+
+def test_a_guest_in_bulk_gets_an_ack_for_every_fourth_segment() -> None:
+    """Each wakes the process of its network card, and it has half a megabyte in flight."""
+    talk = established(mtu=65520, mss=65480, scale=7)
+    while talk.flow.rcv_limit < RCV_MAXIMUM:
+        room = _edge(talk)
+        talk.guest(*[seg("A", data=bytes(min(65_480, room - at))) for at in range(0, room, 65_480)])
+        talk.received()
+    done = talk.flow.rcv_nxt
+    talk.guest(*[seg("A", data=bytes(65_480))] * 3)
+    talk.silence()
+    talk.guest(seg("A", data=bytes(65_480)))
+    (ack,) = talk.received()
+    assert talk.flow.rcv_nxt == done + 4 * 65_480
+    assert ack.win << 8 == RCV_MAXIMUM
+    talk.guest(*[seg("A", data=bytes(65_480))] * 3)
+    talk.silence()
+    talk.world.advance(talk.world.now + ACK_DELAY)
+    assert len(talk.received()) == 1
 
 
 def test_the_window_does_not_grow_while_the_host_lags() -> None:

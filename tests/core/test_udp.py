@@ -537,8 +537,8 @@ def test_a_host_without_ipv6_is_a_network_that_cannot_be_reached(bench: Bench) -
 
 def test_errors_from_guests_are_counted(bench: Bench) -> None:
     bench.send(GUEST4, 4000, WORLD4, 7)
-    bench.udp.on_error_from_guest(GUEST4, 4000)
-    bench.udp.on_error_from_guest(GUEST4, 4001)
+    bench.udp.on_error_from_guest(GUEST4, 4000, WORLD4, 7, refused=True)
+    bench.udp.on_error_from_guest(GUEST4, 4001, WORLD4, 7, refused=True)
     assert bench.stack.drops == {"udp_refused_by_guest": 1, "icmp_error_from_guest": 1}
 
 

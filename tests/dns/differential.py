@@ -28,6 +28,7 @@ from netstack.dns.routes import RoutingTable, Scope, Server
 from netstack.dns.server import DnsServer
 from netstack.dns.upstream import Upstream
 from tests.dns.nameserver import make_query
+from tests.lab.daemons import find_daemon
 
 KNOT, DNSMASQ, UNBOUND, OURS = 5300, 5301, 5302, 5303
 NAMES = {"dnsmasq": DNSMASQ, "unbound": UNBOUND, "netstack": OURS}
@@ -260,8 +261,8 @@ remote-control:
 """)
     log = (folder / "servers.log").open("wb")
     commands = (
-        ["/usr/sbin/knotd", "-c", f"{folder}/knot.conf"],
-        ["/usr/sbin/unbound", "-d", "-c", f"{folder}/unbound.conf"],
+        [*find_daemon("knotd"), "-c", f"{folder}/knot.conf"],
+        [*find_daemon("unbound"), "-d", "-c", f"{folder}/unbound.conf"],
         ["/usr/sbin/dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts",
          "--pid-file=", "--listen-address=127.0.0.1", "--bind-interfaces", f"--port={DNSMASQ}", "--user=root",
          f"--server=127.0.0.1#{KNOT}"],

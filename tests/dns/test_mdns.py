@@ -30,6 +30,7 @@ from netstack.dns.mdns import MAX_EXCHANGES, MAX_RECORDS, Mdns, _Exchange
 from netstack.dns.message import TYPE_A, TYPE_AAAA, TYPE_PTR, parse_question
 from netstack.dns.records import read_all
 from tests.dns.nameserver import make_query
+from tests.lab.daemons import find_daemon
 from tests.lab.namespaces import Namespace, connect_namespaces, wait_until
 from tests.rim.inside import call_inside
 
@@ -271,7 +272,14 @@ def avahi() -> Iterator[Namespace]:
         neighbor.run("mkdir", "-p", "/run/avahi-daemon")
         neighbor.run("cp", folder / "ipp.service", "/etc/avahi/services/ipp.service")
         neighbor.bind_file("/etc/avahi/hosts", folder / "hosts")
-        command = ("avahi-daemon", "--no-drop-root", "--no-rlimits", "--no-chroot", "-f", str(folder / "avahi.conf"))
+        command = (
+            *find_daemon("avahi-daemon"),
+            "--no-drop-root",
+            "--no-rlimits",
+            "--no-chroot",
+            "-f",
+            str(folder / "avahi.conf"),
+        )
         with (folder / "log").open("w") as log:
             daemon = neighbor.popen(*command, stdout=log, stderr=subprocess.STDOUT)
         try:

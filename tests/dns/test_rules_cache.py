@@ -373,12 +373,12 @@ def test_flushing_a_name_or_a_scope() -> None:
 async def test_a_bug_in_the_upstream_is_a_servfail_and_ends_nothing(
     nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(*args: object) -> None:
+    def broken(*args: object) -> None:
         raise IndexError("a bug")
 
     async with closed_port() as nowhere:
         relay = Relay(nursery, scope(nowhere))
-        monkeypatch.setattr("netstack.dns.race.Race.run", broken)
+        monkeypatch.setattr("netstack.dns.race.Race._step", broken)
         for number in range(2):
             answer = await relay.ask(make_query(f"n{number}.test", use_edns=0))
             assert (answer.rcode(), errors_of(answer)) == (dns.rcode.SERVFAIL, [(0, "internal error")])

@@ -15,7 +15,6 @@ import pytest
 import trio
 import trio.testing
 
-from netstack.dns import server as front
 from netstack.dns import upstream_tcp
 from netstack.dns.message import MAX_UDP, with_id
 from tests.dns.nameserver import address_of, make_answer, make_query, open_nameserver
@@ -325,12 +324,19 @@ async def test_rule_27_other_bits_are_another_question(nursery: trio.Nursery) ->
 async def test_rule_28_too_many_at_once_are_servfail_at_once(nursery: trio.Nursery) -> None:
     async with open_nameserver(silent) as server:
         relay = Relay(nursery, scope(server.nameserver), deadline=0.3)
-        for number in range(front.MAX_QUERIES_OF_GUEST + 20):
-            relay.send(make_query(f"n{number}.test", use_edns=0))
+        relay.server.queries.of_each, relay.server.queries.of_all = 100, 150
+        for number in range(120):
+            relay.send(make_query(f"n{number}.test", use_edns=0), "greedy")
         assert len(relay.answers) == 20
+        why = "too many queries at once: 100 of this guest are in flight"
         answer = dns.message.from_wire(relay.answers[0][1])
-        assert (answer.rcode(), errors_of(answer)) == (dns.rcode.SERVFAIL, [(0, "too many queries at once")])
-        await relay.wait(front.MAX_QUERIES_OF_GUEST + 20)
+        assert (answer.rcode(), errors_of(answer)) == (dns.rcode.SERVFAIL, [(0, why)])
+        for number in range(120, 180):
+            relay.send(make_query(f"n{number}.test", use_edns=0), "another")
+        assert len(relay.answers) == 30
+        why = "too many queries at once: 150 of all guests are in flight"
+        assert errors_of(dns.message.from_wire(relay.answers[-1][1])) == [(0, why)]
+        await relay.wait(180)
         assert relay.server.queries.total == relay.upstream.datagrams.open == 0
 
 

@@ -1,13 +1,10 @@
-"""The front of the DNS service: what it turns away, how much it takes on, and its TCP."""
+"""The front of the DNS service: what it turns away, and how much it takes on. Its TCP: test_server_tcp.py."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 from pathlib import Path
-from typing import Any
 
 import dns.asyncquery
 import dns.flags
@@ -19,119 +16,18 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netstack.core.ports import Datagram
-from netstack.dns import server as front
 from netstack.dns.local import LocalNames
-from netstack.dns.message import MAX_UDP, Query
+from netstack.dns.message import MAX_UDP
 from netstack.dns.resolver import Resolver
 from netstack.dns.routes import RoutingTable, Scope
-from netstack.dns.server import DnsServer
 from netstack.dns.upstream import Upstream
+from tests.dns.front import Front, ScriptedResolver, at_once
 from tests.dns.nameserver import TestNameserver, address_of, make_answer, make_query, open_nameserver
+from tests.dns.relay import framed, receive
 
 LOCAL = LocalNames(
     "netstack.internal", {"host.netstack.internal": (bytes((192, 168, 5, 2)),)}, (IPv4Network("192.168.5.0/24"),)
 )
-
-Answer = Callable[[bytes], Awaitable[bytes]]
-
-
-@dataclass
-class ScriptedResolver:
-    """Answers as a test says, later; keeps the queries."""
-
-    answer: Answer
-    nursery: trio.Nursery
-    queries: list[tuple[bytes, bool]] = field(default_factory=list)
-    at_once: bytes = b""
-    """What is known without asking, where a test says so."""
-
-    def remembered(self, wire: bytes, guest: bytes | str) -> bytes | None:
-        return None
-
-    def remember(self, query: Query, answer: bytes) -> None: ...
-
-    def known(self, query: Query) -> bytes | None:
-        return self.at_once or None
-
-    def resolve(self, query: Query, reply: Callable[[bytes], None]) -> None:
-        self.queries.append((query.wire, query.tcp))
-        self.nursery.start_soon(self._run, query.wire, reply)
-
-    async def _run(self, query: bytes, reply: Callable[[bytes], None]) -> None:
-        reply(await self.answer(query))
-
-
-async def at_once(query: bytes) -> bytes:
-    return address_of(query)
-
-
-class Front:
-    """A DnsServer whose guests are in this process."""
-
-    def __init__(self, nursery: trio.Nursery, answer: Answer = at_once) -> None:
-        self.resolver = ScriptedResolver(answer, nursery)
-        self.nursery = nursery
-        self.answers: list[tuple[Datagram, bytes]] = []
-        self.warnings: list[str] = []
-        self.flushed: list[object] = []
-        self.server = DnsServer(self.resolver, nursery, self._reply, flush=self.flushed.append, events=self)
-        self._answered = trio.Event()
-
-    def _reply(self, datagram: Datagram, answer: bytes) -> None:
-        self.answers.append((datagram, answer))
-        self._answered.set()
-
-    # What it uses of core.ports.Events.
-    debug = False
-
-    def flow_opened(self, protocol: str, guest: str, peer: str) -> None: ...
-    def flow_closed(self, protocol: str, guest: str, peer: str, why: str, from_guest: int, to_guest: int) -> None: ...
-    def info(self, message: str, **fields: object) -> None: ...
-
-    def warning(self, key: str, message: str, **fields: object) -> None:
-        self.warnings.append(key)
-
-    def send(self, query: bytes, link: Any = "link") -> None:
-        guest = bytes((192, 168, 5, 15))
-        self.server.on_datagram(
-            Datagram(query, link, b"\x52\x54\0\0\0\1", guest, 5353, bytes((192, 168, 5, 3)), 53), 0.0
-        )
-
-    async def ask(self, query: bytes) -> bytes:
-        """Send a datagram, wait for its answer."""
-        self._answered = trio.Event()
-        self.send(query)
-        with trio.fail_after(60):
-            await self._answered.wait()
-        return self.answers[-1][1]
-
-    def connect(self, guest: object = "guest") -> trio.StapledStream[Any, Any]:
-        ours, theirs = trio.testing.memory_stream_pair()
-        self.nursery.start_soon(self.server.serve_stream, theirs, guest)
-        return ours
-
-
-def framed(*queries: bytes) -> bytes:
-    return b"".join(len(query).to_bytes(2, "big") + query for query in queries)
-
-
-async def receive(stream: trio.abc.ReceiveStream, count: int) -> list[bytes]:
-    """Read so many answers."""
-    data = b""
-    answers: list[bytes] = []
-    with trio.fail_after(600):  # of a clock that jumps, in some tests
-        while len(answers) < count:
-            while len(data) >= 2 and len(data) >= 2 + int.from_bytes(data[:2], "big"):
-                end = 2 + int.from_bytes(data[:2], "big")
-                answers.append(data[2:end])
-                data = data[end:]
-            if len(answers) < count:
-                chunk = await stream.receive_some()
-                assert chunk, f"the connection ended after {len(answers)} answers"
-                data += chunk
-    assert not data
-    return answers
 
 
 # UDP.
@@ -294,183 +190,24 @@ async def test_too_many_queries_are_answered_servfail_at_once(nursery: trio.Nurs
         return address_of(query)
 
     it = Front(nursery, answer)
-    for number in range(front.MAX_QUERIES_OF_GUEST + 50):
+    each, everybody = it.server.queries.of_each, it.server.queries.of_all = 256, 1024
+    for number in range(each + 50):
         it.send(make_query(ident=number), "greedy")
     assert len(it.answers) == 50
     assert all(sent[3] & 15 == dns.rcode.SERVFAIL for _, sent in it.answers)
     # Others have room until all of it is taken.
     for guest in range(10):
-        for number in range(front.MAX_QUERIES_OF_GUEST):
+        for number in range(each):
             it.send(make_query(ident=number), f"guest {guest}")
     await trio.testing.wait_all_tasks_blocked()
-    assert it.server.queries.total == front.MAX_QUERIES == len(it.resolver.queries)
+    assert it.server.queries.total == everybody == len(it.resolver.queries)
     assert set(it.warnings) == {"dns_too_many"}
     gate.set()
     await trio.testing.wait_all_tasks_blocked()
     assert it.server.queries.total == 0
     assert not it.server.queries.used
-    assert len(it.answers) == front.MAX_QUERIES_OF_GUEST * 11 + 50
+    assert len(it.answers) == each * 11 + 50
     assert (await it.ask(make_query()))[3] & 15 == 0
-
-
-# TCP.
-
-
-@pytest.mark.parametrize("seed", range(25))
-async def test_queries_may_be_cut_anywhere(nursery: trio.Nursery, seed: int) -> None:
-    chance = random.Random(seed)
-    queries = [make_query(f"{'x' * chance.randrange(1, 60)}.test", ident=number) for number in range(10)]
-    data = framed(*queries)
-    cuts = sorted(chance.randrange(len(data)) for _ in range(chance.randrange(8)))
-    stream = Front(nursery).connect()
-    for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True):
-        if start < end:
-            await stream.send_all(data[start:end])
-        await trio.testing.wait_all_tasks_blocked()
-    assert sorted(await receive(stream, 10)) == sorted(map(address_of, queries))
-    await stream.aclose()
-
-
-async def test_queries_may_come_byte_by_byte(nursery: trio.Nursery) -> None:
-    it = Front(nursery)
-    stream = it.connect()
-    for byte in framed(make_query(ident=1), make_query(ident=2)):
-        await stream.send_all(bytes((byte,)))
-        await trio.testing.wait_all_tasks_blocked()
-    assert len(await receive(stream, 2)) == 2
-    assert [tcp for _, tcp in it.resolver.queries] == [True, True]
-    await stream.aclose()
-
-
-async def test_answers_leave_when_they_are_ready(nursery: trio.Nursery) -> None:
-    slow = trio.Event()
-
-    async def answer(query: bytes) -> bytes:
-        if query[:2] == b"\0\0":
-            await slow.wait()
-        return address_of(query)
-
-    stream = Front(nursery, answer).connect()
-    await stream.send_all(framed(*(make_query(ident=number) for number in range(10))))
-    assert {sent[:2] for sent in await receive(stream, 9)} == {bytes((0, number)) for number in range(1, 10)}
-    slow.set()
-    assert (await receive(stream, 1))[0][:2] == b"\0\0"
-    await stream.aclose()
-
-
-async def test_a_half_closed_connection_is_answered_and_then_closed(nursery: trio.Nursery) -> None:
-    gate = trio.Event()
-
-    async def answer(query: bytes) -> bytes:
-        await gate.wait()
-        return address_of(query)
-
-    it = Front(nursery, answer)
-    stream = it.connect()
-    await stream.send_all(framed(make_query(ident=1), make_query(ident=2)))
-    await stream.send_eof()
-    await trio.testing.wait_all_tasks_blocked()
-    assert it.server.connections.total == 1
-    gate.set()
-    assert len(await receive(stream, 2)) == 2
-    assert await stream.receive_some() == b""
-    await trio.testing.wait_all_tasks_blocked()
-    assert it.server.connections.total == it.server.queries.total == 0
-
-
-async def test_answers_by_tcp_are_whole(nursery: trio.Nursery) -> None:
-    records = [f"www.example.test. 60 IN A 10.0.{number // 250}.{number % 250}" for number in range(3000)]
-
-    async def answer(query: bytes) -> bytes:
-        return make_answer(query, *records)
-
-    stream = Front(nursery, answer).connect()
-    await stream.send_all(framed(make_query()))
-    (answer_bytes,) = await receive(stream, 1)
-    assert len(dns.message.from_wire(answer_bytes).answer[0]) == 3000
-    await stream.aclose()
-
-
-@pytest.mark.parametrize("length", (0, 1, 11, front.MAX_TCP_QUERY + 1, 65535))
-async def test_a_bad_length_ends_the_connection(nursery: trio.Nursery, length: int) -> None:
-    it = Front(nursery)
-    stream = it.connect()
-    await stream.send_all(length.to_bytes(2, "big") + b"x" * 20)
-    assert await stream.receive_some() == b""
-    await trio.testing.wait_all_tasks_blocked()
-    assert it.server.connections.total == 0
-    assert it.server.counters["dns_malformed"] == 1
-
-
-async def test_an_answer_by_tcp_ends_in_silence_and_the_connection_lives(nursery: trio.Nursery) -> None:
-    stream = Front(nursery).connect()
-    await stream.send_all(framed(address_of(make_query()), make_query(ident=9)))
-    assert (await receive(stream, 1))[0][:2] == b"\0\x09"
-    await stream.aclose()
-
-
-async def test_an_idle_connection_is_closed(nursery: trio.Nursery, autojump_clock: trio.testing.MockClock) -> None:
-    stream = Front(nursery).connect()
-    await stream.send_all(framed(make_query()))
-    await receive(stream, 1)
-    began = trio.current_time()
-    assert await stream.receive_some() == b""
-    assert trio.current_time() - began == pytest.approx(front.IDLE_TIMEOUT)
-
-
-async def test_a_connection_that_waits_for_an_answer_is_not_idle(
-    nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
-) -> None:
-    async def answer(query: bytes) -> bytes:
-        await trio.sleep(front.IDLE_TIMEOUT * 3)
-        return address_of(query)
-
-    stream = Front(nursery, answer).connect()
-    await stream.send_all(framed(make_query()))
-    assert await receive(stream, 1) == [address_of(make_query())]
-    await stream.aclose()
-
-
-async def test_a_guest_that_does_not_read_is_let_go(
-    nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
-) -> None:
-    it = Front(nursery)
-    ours, theirs = trio.testing.lockstep_stream_pair()  # send_all waits until it is read
-    nursery.start_soon(it.server.serve_stream, theirs, "guest")
-    await ours.send_all(framed(*(make_query(ident=number) for number in range(20))))
-    await trio.sleep(front.WRITE_TIMEOUT + 1)
-    assert it.server.connections.total == it.server.queries.total == 0
-
-
-async def test_a_guest_that_goes_away_leaves_nothing_behind(nursery: trio.Nursery) -> None:
-    gate = trio.Event()
-
-    async def answer(query: bytes) -> bytes:
-        await gate.wait()
-        return address_of(query)
-
-    it = Front(nursery, answer)
-    stream = it.connect()
-    await stream.send_all(framed(make_query()))
-    await trio.testing.wait_all_tasks_blocked()
-    await stream.aclose()
-    gate.set()
-    await trio.testing.wait_all_tasks_blocked()
-    assert it.server.connections.total == it.server.queries.total == 0
-
-
-async def test_connections_are_bounded(nursery: trio.Nursery) -> None:
-    it = Front(nursery)
-    streams = [it.connect("greedy") for _ in range(front.MAX_CONNECTIONS_OF_GUEST + 3)]
-    await trio.testing.wait_all_tasks_blocked()
-    assert it.server.counters["dns_tcp_refused"] == 3
-    other = it.connect("other")
-    await other.send_all(framed(make_query()))
-    assert len(await receive(other, 1)) == 1
-    for stream in (*streams, other):
-        await stream.aclose()
-    await trio.testing.wait_all_tasks_blocked()
-    assert it.server.connections.total == 0
 
 
 @given(st.lists(st.binary(max_size=60), max_size=6), st.integers(0, 2**32))

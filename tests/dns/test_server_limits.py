@@ -9,9 +9,9 @@ import trio.testing
 
 from netstack.dns.message import parse_query
 from netstack.dns.replies import parse_reply
+from tests.dns.front import Front
 from tests.dns.nameserver import make_query, open_nameserver
 from tests.dns.relay import Relay, framed, receive, scope
-from tests.dns.test_server import Front
 
 
 def longest(query: bytes) -> bytes:

@@ -74,6 +74,24 @@ async def test_stale_answers_and_lenience_are_the_settings_to_choose_live(tmp_pa
     (tmp_path / "resolv.conf").write_text("")
     async with netstack.open_network(settings(tmp_path)) as network:
         resolver = network.dns.resolver
-        assert (resolver.cache.max_stale, resolver.lenient_aaaa) == (0.0, False)
+        assert (resolver.cache.max_stale, resolver.wording.lenient_aaaa) == (0.0, False)
         assert network.reload(settings(tmp_path, serve_stale=86400, lenient_aaaa=True)) == []
-        assert (resolver.cache.max_stale, resolver.lenient_aaaa) == (86400.0, True)
+        assert (resolver.cache.max_stale, resolver.wording.lenient_aaaa) == (86400.0, True)
+
+
+async def test_rebind_protection_dns64_and_limits_are_the_settings_to_choose_live(tmp_path: Path) -> None:
+    (tmp_path / "resolv.conf").write_text("")
+    async with netstack.open_network(settings(tmp_path)) as network:
+        resolver, server = network.dns.resolver, network.dns.server
+        assert (resolver.flights.rebind.enabled, resolver.dns64) == (False, None)
+        assert (server.queries.of_each, server.queries.of_all) == (10_000, 16_384)
+        config = settings(tmp_path, rebind_protection=True, rebind_allow=["fritz.box"], dns64="64:ff9b::/96")
+        limits = {"dns_queries": 500, "dns_queries_per_guest": 100}
+        assert network.reload(config.model_copy(update={"limits": config.limits.model_copy(update=limits)})) == []
+        assert resolver.flights.rebind.enabled
+        assert resolver.dns64 is not None
+        assert str(resolver.dns64.prefix) == "64:ff9b::/96"
+        assert (server.queries.of_each, server.queries.of_all) == (100, 500)
+        assert network.reload(settings(tmp_path)) == []
+        assert not network.dns.resolver.flights.rebind.enabled
+        assert network.dns.resolver.dns64 is None

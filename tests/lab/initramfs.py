@@ -39,7 +39,7 @@ CACHE = ROOT / ".cache" / "lab"
 MODULES = ("failover", "net_failover", "virtio_pci", "virtio_net", "af_packet", "ipv6", "virtio_rng")
 
 # Programs beside busybox: those that the machine has are taken.
-PROGRAMS = ("iperf3", "curl", "ping", "dhclient", "ip", "tracepath")
+PROGRAMS = ("iperf3", "curl", "ping", "dhclient", "ip", "tracepath", "dropbear")
 
 # Modules of Python's library that the guest's programs import (tests/lab/rootfs/probe.py).
 PYTHON_MODULES = (
@@ -145,6 +145,10 @@ class Builder:
     def add_binary(self, source: Path, path: str | None = None) -> None:
         """Add a program or library under its own path, or another, with the libraries that it is linked to."""
         self.add(path or str(source), Entry(PROGRAM, source=source))
+        self.add_libraries(source)
+
+    def add_libraries(self, source: Path) -> None:
+        """Add what a program or library is linked to."""
         for library in linked_libraries(source):
             self._library_folders.add(str(library.parent))
             self.entries.setdefault(str(library).lstrip("/"), Entry(PROGRAM, source=library))
@@ -179,6 +183,18 @@ class Builder:
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         self.add_directory(f"{sys.base_prefix}/lib/{version}/lib-dynload")
 
+    def add_lookups(self) -> None:
+        """Add rootfs/lookup.c, compiled with musl and with this machine's C library: those compilers that there are."""
+        for name, compiler, options in (("musl", "musl-gcc", ["-static"]), ("glibc", "gcc", [])):
+            if shutil.which(compiler) is None:
+                continue
+            with tempfile.TemporaryDirectory(prefix="lookup-") as folder:
+                program = Path(folder) / "lookup"
+                command = [compiler, *options, "-Os", "-s", "-o", str(program), str(HERE / "rootfs" / "lookup.c")]
+                subprocess.run(command, check=True, capture_output=True, timeout=60)
+                self.add_libraries(program)
+                self.add(f"/lab/lookup-{name}", Entry(PROGRAM, content=program.read_bytes()))
+
     def add_busybox(self) -> None:
         """Add busybox with a link for each of its applets, and a shell."""
         busybox = shutil.which("busybox")
@@ -209,6 +225,7 @@ class Builder:
                 # Under one folder that is searched before busybox's, whatever the machine's own layout.
                 self.add_binary(Path(found).resolve(), f"/usr/bin/{program}")
         self.add_python()
+        self.add_lookups()
         for source in sorted((HERE / "rootfs").iterdir()):
             if source.is_file():
                 self.add(f"/lab/{source.name}", Entry(PROGRAM, source=source))

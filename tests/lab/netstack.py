@@ -140,6 +140,21 @@ class Netstack:
         finally:
             connection.close()
 
+    def ask(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        """The status of its API's answer, and the JSON in it; None where there is nothing."""
+        connection = http.client.HTTPConnection("localhost", timeout=10)
+        connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.sock.settimeout(10)
+        connection.sock.connect(str(self.api_path))
+        try:
+            text = None if body is None else json.dumps(body)
+            connection.request(method, path, text, {"Content-Type": "application/json"} if text else {})
+            answer = connection.getresponse()
+            data = answer.read()
+            return answer.status, json.loads(data) if data else None
+        finally:
+            connection.close()
+
     def status(self) -> dict[str, Any]:
         """What GET /v1/status says."""
         found: dict[str, Any] = self.get("/v1/status")

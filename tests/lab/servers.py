@@ -282,7 +282,16 @@ class Resolver:
     says NXDOMAIN to everything else in example.test, and refuses all other names.
     """
 
-    def __init__(self, namespace: Namespace, folder: Path, *, address: str = "127.0.0.53", www: str = HOST4) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        folder: Path,
+        *,
+        address: str = "127.0.0.53",
+        www: str = HOST4,
+        options: Sequence[str] = (),
+    ) -> None:
+        """`options`: further ones of dnsmasq's."""
         program = shutil.which("dnsmasq") or shutil.which("dnsmasq", path="/usr/sbin:/sbin")
         if program is None:
             raise LabUnavailableError("no dnsmasq; install it with: sudo apt-get install dnsmasq-base")
@@ -296,7 +305,7 @@ class Resolver:
             f"--host-record=www.example.test,{www},{HOST6}", f"--host-record=v4only.example.test,{HOST4}",
             f"--host-record=v6only.example.test,{HOST6}", f"--host-record=far.example.test,{FAR4},{FAR6}",
             "--cname=alias.example.test,www.example.test", "--txt-record=small.example.test,a small text",
-            "--txt-record=big.example.test," + ",".join(BIG_TXT),
+            "--txt-record=big.example.test," + ",".join(BIG_TXT), *options,
             stdout=self._log, stderr=self._log,
         )  # fmt: skip
         self._namespace, self._address = namespace, address

@@ -109,7 +109,9 @@ def frame(data: bytes) -> bytes:
 class Net:
     """A world, a netstack in it, and its guests."""
 
-    def __init__(self, stack: contextlib.ExitStack, *, log_level: str = "info", taps: int = 0) -> None:
+    def __init__(
+        self, stack: contextlib.ExitStack, *, log_level: str = "info", taps: int = 0, arguments: Sequence[str] = ()
+    ) -> None:
         """`taps`: so many further guests, whose taps netstack makes itself, with offload."""
         self.stack = stack
         self.world = stack.enter_context(World())
@@ -121,7 +123,7 @@ class Net:
                 self.world.host,
                 self.world.folder / "n",
                 links=[f"unix://{self.socket}", *(f"tap://tap0?netns={each.path}" for each in self.taps)],
-                arguments=["--log-level", log_level],
+                arguments=["--log-level", log_level, *arguments],
             )
         )
 

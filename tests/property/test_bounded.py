@@ -46,8 +46,8 @@ def _assert_bounded(world: World, limits: Limits) -> None:
     assert stack.reassembly.cost <= limits.reassembly_bytes
     assert len(stack.neighbors.all()) <= limits.neighbors
     assert len(stack.switch.macs()) <= 4096
-    assert len(stack.chunks) <= 64
-    assert not stack.acked_chunks
+    assert len(stack.chunks) <= 32
+    assert len(stack.large_chunks) <= 8
     assert len(stack.timers) <= 3000
 
 

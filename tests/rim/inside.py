@@ -18,6 +18,7 @@ from typing import TypeVar
 from netstack.core.ports import DatagramSocket, Host, HostSocket
 from netstack.host.datagrams import AddressNames, open_udp
 from netstack.host.ping import open_ping
+from netstack.host.udp_listeners import UdpListener, open_udp_listeners
 from tests.core.ip_fakes import FakeStack
 from tests.lab.namespaces import Namespace
 
@@ -60,6 +61,9 @@ class InsideHost:
     def open_tcp(self, address: bytes, port: int) -> HostSocket:
         raise NotImplementedError
 
+    def is_connected(self, sock: HostSocket) -> bool:
+        raise NotImplementedError
+
     def connect_error(self, sock: HostSocket) -> int:
         raise NotImplementedError
 
@@ -68,6 +72,9 @@ class InsideHost:
 
     def open_udp(self, address: bytes, port: int) -> DatagramSocket:
         return call_inside(self._namespace, lambda: open_udp(self._names, address, port))
+
+    def listen_udp(self, host: str, port: int) -> list[UdpListener]:
+        return call_inside(self._namespace, lambda: open_udp_listeners(self._names, host, port))
 
     def open_ping(self, address: bytes) -> DatagramSocket:
         return call_inside(self._namespace, lambda: open_ping(self._names, address))
