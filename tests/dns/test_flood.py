@@ -6,9 +6,9 @@ import errno
 import gc
 import tracemalloc
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import dns.message
-import pytest
 import trio
 
 from netstack.dns.message import Query, parse_query
@@ -16,6 +16,9 @@ from netstack.dns.routes import Server
 from netstack.dns.upstream_udp import _SHARED_BY, Datagrams
 from tests.dns.nameserver import make_query, open_nameserver
 from tests.dns.relay import Relay, closed_port, scope, silent, wait_until
+
+if TYPE_CHECKING:
+    import pytest
 
 # Of 64 MiB for 10,000, which is the requirement, two thirds: tracemalloc does not see what the allocator wastes.
 BYTES_EACH = (64 << 20) // 10_000 * 2 // 3

@@ -214,9 +214,11 @@ def test_an_agent_that_is_ended_ends_all_that_it_started(rig: Rig) -> None:
     for way, runs_in in (("bash", "sh"), ("nc", "busybox sh")):
         with Agent(rig, way=way, shell=runs_in) as agent, listen(rig.guest, "0.0.0.0", 8080):
             rig.wait_open(8080)
-            listing = subprocess.run(["ps", "-s", str(agent.process.pid), "-o", "pid=,comm="], capture_output=True,
-                                     text=True, check=False).stdout  # fmt: skip
-            shell = [int(line.split()[0]) for line in listing.splitlines() if line.split()[1] in ("sh", "busybox")][-1]
+            listing = subprocess.run(
+                ["ps", "-s", str(agent.process.pid), "-o", "pid=,ppid="], capture_output=True, text=True, check=False
+            ).stdout
+            pairs = [tuple(map(int, line.split())) for line in listing.splitlines()]
+            shell = next(pid for pid, parent in pairs if parent == agent.process.pid)  # its wget has ended
             os.kill(shell, signal.SIGTERM)
             rig.wait_closed(8080)
             wait_until(lambda: _is_empty(agent.process.pid), "all its processes end")
