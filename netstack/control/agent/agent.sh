@@ -152,14 +152,22 @@ folder=$(mktemp -d) && mkfifo "$folder/back" || exit
     rm -r "$folder"
     exec nc "$NETSTACK_GATEWAY" 80 >&3 3>&-
 }'
-# Bash cannot end one half of a connection, so the first end is the end of both.
+# Bash cannot end one half of a connection, so the first end is the end of both. Its "wait -n" knows nothing of an end
+# that came before it, hence the pauses.
 # shellcheck disable=SC2016
 relay_bash='exec bash -c '"'"'
 exec 3<>"/dev/tcp/$1/$2" 4<>"/dev/tcp/$NETSTACK_GATEWAY/80" || exit
 printf "POST /agent/relay?%s HTTP/1.0\r\n\r\n" "$0" >&4
 cat <&3 >&4 &
+there=$!
 cat <&4 >&3 &
-wait -n
+back=$!
+pause=1
+while kill -0 $there && kill -0 $back; do
+    sleep $pause 3>&- 4>&- &
+    wait -n
+    pause=60
+done
 kill $(jobs -p)'"'"' "$@"'
 
 # The variables of the program: what this guest is, and where rules could be.
