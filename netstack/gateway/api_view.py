@@ -6,7 +6,6 @@ sockets.
 
 from __future__ import annotations
 
-import functools
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +33,7 @@ class ApiView:
     def __init__(self, network: Network, nursery: trio.Nursery) -> None:
         self._network = network
         self.capture = CaptureControl(network, nursery)
+        self._gvproxy: GvproxyView | None = None
 
     def statistics(self) -> dict[str, Any]:
         """Everything."""
@@ -60,12 +60,14 @@ class ApiView:
         """The forwards."""
         return self._network.forwards
 
-    @functools.cached_property
+    @property
     def gvproxy(self) -> GvproxyView:
         """What gvproxy's API has beyond that."""
-        from netstack.gateway.gvproxy_view import GvproxyView
+        if self._gvproxy is None:
+            from netstack.gateway.gvproxy_view import GvproxyView
 
-        return GvproxyView(self._network)
+            self._gvproxy = GvproxyView(self._network)
+        return self._gvproxy
 
     def guests(self) -> list[dict[str, Any]]:
         """Who is here."""

@@ -131,11 +131,14 @@ def accept(listener: socket.socket, caller: socket.socket) -> socket.socket:
 class Agent:
     """The agent in a guest, as its user starts it, with all its processes."""
 
-    def __init__(self, rig: Rig, guest: TapNamespace | None = None, *, way: str = "bash", shell: str = "sh") -> None:
+    def __init__(
+        self, rig: Rig, guest: TapNamespace | None = None, *, way: str = "bash", shell: str = "sh", patience: int = 10
+    ) -> None:
         self.rig = rig
         command = f"busybox wget -qO- http://{GATEWAY4}/agent | NETSTACK_AGENT_WAYS={way} {shell}"
         if shell == "busybox sh":  # as in a guest that has nothing else
             command = f"PATH={rig.busybox}; {command}"
+        command = f"export NETSTACK_AGENT_PATIENCE={patience}; {command}"
         guest = guest or rig.guest
         self.process = guest.popen("sh", "-c", command, start_new_session=True, stdin=subprocess.DEVNULL)
         self.is_over = False
@@ -451,7 +454,7 @@ def test_a_guest_that_is_unplugged_leaves_nothing_behind(rig: Rig) -> None:
 def test_an_agent_finds_its_way_back_when_netstack_crashed(way: str, shell: str) -> None:
     with contextlib.ExitStack() as stack:
         rig = Rig(stack)
-        with Agent(rig, way=way, shell=shell), listen(rig.guest, "0.0.0.0", 8080):
+        with Agent(rig, way=way, shell=shell, patience=2), listen(rig.guest, "0.0.0.0", 8080):
             rig.wait_open(8080)
             rig.netstack.kill()
             rig.netstack.start()

@@ -214,7 +214,7 @@ watch() {
     trap 'kill "$pause" 2>/dev/null; exit 0' TERM
     before=$(grep '^voluntary_ctxt' "/proc/$1/status" 2>/dev/null) || exit 0
     while :; do
-        sleep 10 &
+        sleep "${NETSTACK_AGENT_PATIENCE:-10}" &
         pause=$!
         wait "$pause"
         now=$(grep '^voluntary_ctxt' "/proc/$1/status" 2>/dev/null) || exit 0
