@@ -43,6 +43,7 @@ def main() -> None:
     assert (installed / "py.typed").is_file(), "py.typed is not installed: type checkers would ignore netstack"
     page = importlib.import_module("netstack.control.dashboard").dashboard_page()[0]
     assert page.startswith(b"<!doctype html>"), "the dashboard's page is not installed"
+    assert (installed / "control" / "agent" / "agent.sh").is_file(), "the guests' agent is not installed"
     print(f"netstack {version('netstack')}: all {len(modules)} modules import from {installed}")
 
 

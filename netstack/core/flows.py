@@ -118,6 +118,11 @@ class FlowTable:
             self._lingering.remove(flow)
             self._leave(flow.link)
 
+    def drop_lingering(self) -> None:
+        """The stack ends: what hosts have not taken yet they will not get."""
+        for flow in list(self._lingering):
+            flow.drop()
+
     def move(self, flow: TcpFlow, link: Link) -> None:
         """The flow's guest is on another link now; flow.link still says the old one."""
         if self.tcp.get(flow.key) is flow:

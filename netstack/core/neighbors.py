@@ -105,6 +105,12 @@ class Neighbors:
         for address in self._of_link.pop(link, ()):
             self.on_change("gone", self._table.pop(address))
 
+    def forget(self, address: bytes) -> None:
+        """Nobody is known to have this address any more."""
+        neighbor = self._table.get(address)
+        if neighbor is not None:
+            self._forget(neighbor)
+
     def admit(self, link: Link, mac: bytes, address: bytes, now: float) -> Neighbor | None:
         """The neighbor that may send from this address: this MAC on this link. None when it is another's. Untrusted."""
         neighbor = self._table.get(address)

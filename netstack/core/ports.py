@@ -77,6 +77,10 @@ class DatagramSocket(Protocol):
 
     def fileno(self) -> int: ...
     def close(self) -> None: ...
+    def bound_port(self) -> int:
+        """The port of the host that it has."""
+        ...
+
     def send_to(self, payload: Buffer, address: bytes, port: int, ttl: int, dont_fragment: bool) -> None:
         """Send one datagram.
 

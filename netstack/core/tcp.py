@@ -965,6 +965,11 @@ class TcpFlow:
         self.idle_at = now + LINGER
         self.stack.timers.arm(self, self.idle_at)
 
+    def drop(self) -> None:
+        """CLOSED: give up what the host has not taken."""
+        self._forget_to_host()
+        self._drop_socket()
+
     def _drop_socket(self) -> None:
         sock = self.sock
         if sock is not None:
@@ -1099,8 +1104,7 @@ class TcpFlow:
         """The earlier of rtx_at and idle_at has come, or had come when it was armed."""
         if self.state == CLOSED:  # the host takes nothing any more, see _linger
             self.stack.counters.drop("tcp_host_stuck")
-            self._forget_to_host()
-            self._drop_socket()
+            self.drop()
             return
         if self.link_lost:
             self._find_guest(now)

@@ -213,6 +213,16 @@ class UdpFlows(DatagramFlows[UdpFlow]):
         for flow in self.flows.values():
             flow.path_keys.clear()
 
+    def give_way(self, port: int, now: float) -> bool:
+        """A forward wants this port of the host: close what has it as the source port of a guest's; whether any did.
+
+        The guest's next datagram leaves from another port, as it would have from the beginning.
+        """
+        found = [flow for flow in self.flows.values() if flow.port == port and flow.sock.bound_port() == port]
+        for flow in found:
+            self.close(flow, now, "port is forwarded")
+        return bool(found)
+
     def on_error_from_guest(self, guest: bytes, port: int, peer: bytes, peer_port: int, *, refused: bool) -> None:
         """A guest sent an ICMP error about a datagram from `peer` to this endpoint of it. Untrusted.
 

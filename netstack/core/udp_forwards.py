@@ -38,6 +38,7 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final
 
+from netstack.core.addresses import is_link_local6
 from netstack.core.datagrams import RESOLUTION, format_endpoint
 from netstack.core.flows import FlowKey, flow_key
 from netstack.core.forwards import FIRST_PORT, LAST_PORT, FindGuest, Traffic
@@ -198,7 +199,7 @@ class UdpForwards:
         forward = entry.forward
         stack = self.stack
         guest = neighbor.address
-        if forward.as_gateway:
+        if forward.as_gateway or is_link_local6(guest):  # from there a guest answers to its own wire alone
             seen_as = stack.addresses.router_for(guest)
         else:
             seen_as = stack.addresses.caller(caller[0], len(guest))

@@ -24,6 +24,7 @@ host has the host's own address anyway. While the host has no address the guest 
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from netstack.config.tables import HOST
@@ -42,11 +43,14 @@ if TYPE_CHECKING:
 class HostGuest:
     """Which guest is the host, if one is, and with which addresses."""
 
-    def __init__(self, addresses: Addresses, config: Config, log: Log) -> None:
-        """Looks at the host once, when a guest asks for it."""
+    def __init__(
+        self, addresses: Addresses, config: Config, log: Log, forget: Callable[[bytes], None] = lambda address: None
+    ) -> None:
+        """Looks at the host once, when a guest asks for it. `forget`: of an address, who was known to have it."""
         self._addresses = addresses
         self._config = config
         self._log = log
+        self._forget = forget
         self._outward: Outward | None = None
         self._mac: bytes | None = None
         self.macs: set[bytes] = set()  # for the DHCP server, as is:
@@ -58,11 +62,16 @@ class HostGuest:
         self._config = config
         macs = [parse_mac(guest.mac) for guest in config.guest if guest.address == HOST]
         mac = macs[0] if macs else None
-        outward = find_outward() if mac is not None else None
+        try:
+            outward = find_outward() if mac is not None else None
+        except OSError:  # no descriptors are left: what was seen last still holds
+            outward = self._outward
         if (mac, outward) == (self._mac, self._outward):
             return False
         addresses = self._addresses
         if mac != self._mac:
+            for address in addresses.borrowed:
+                self._forget(address)
             addresses.borrowed.clear()
             self.networks.clear()
             self.macs.clear()

@@ -150,7 +150,7 @@ class Network:
             secret=secrets.token_bytes(32),
             on_earlier=self._on_earlier,
         )
-        self.host_guest = HostGuest(self.addresses, config, log)
+        self.host_guest = HostGuest(self.addresses, config, log, self.stack.neighbors.forget)
         self.leases = self._make_leases()
         self.services: AddressServices = build_services(
             self.stack, self.leases, mtu=config.network.mtu, search=config.dns.search
@@ -248,6 +248,7 @@ class Network:
         self.stack.neighbors.give_up(now)
         for flow in self.stack.flows:
             flow.abort(now, "network closed", tell_guest=True)
+        self.stack.flows.drop_lingering()
         self.stack.flush()
         self.stack.udp.close_all(now)
         self.stack.icmp.close_all(now)

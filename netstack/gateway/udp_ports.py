@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 
 from netstack.core.forwards import FindGuest
 from netstack.core.ports import Events, Poller
@@ -22,7 +24,15 @@ class UdpPorts:
 
     def open(self, host: str, host_port: int, guest_port: int) -> int:
         """Take a port of the host, of both families for "::"; which one it is. Raises OSError."""
-        for sock in self._stack.host.listen_udp(host, host_port):
+        try:
+            socks = self._stack.host.listen_udp(host, host_port)
+        except OSError as error:
+            # A guest's own datagrams leave by the port that they come from, where that is free (core.udp). A guest that
+            # has spoken, as servers do, would so keep its own forward from being made.
+            if error.errno != errno.EADDRINUSE or not self._stack.udp.give_way(host_port, time.monotonic()):
+                raise
+            socks = self._stack.host.listen_udp(host, host_port)
+        for sock in socks:
             host_port = sock.port
             self.engine.add(sock, guest_port)
         return host_port

@@ -230,7 +230,7 @@ def parse_control(control: bytes) -> tuple[int, bytes]:
             segment = int.from_bytes(data[:4], sys.byteorder)
         elif level == socket.IPPROTO_IP:
             local = data[4:8]  # struct in_pktinfo: int interface | our address | destination of the header
-        elif level == socket.IPPROTO_IPV6:
+        elif level == socket.IPPROTO_IPV6 and data[:1] != b"\xff":  # nobody answers from a group's address
             local = data[:16]  # struct in6_pktinfo: destination | int interface
         at += length + 7 & ~7
     return segment, local

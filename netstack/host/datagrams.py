@@ -177,6 +177,10 @@ class HostDatagramSocket:
     def close(self) -> None:
         self._sock.close()
 
+    def bound_port(self) -> int:
+        port: int = self._sock.getsockname()[1]
+        return port
+
     def send_to(self, payload: Buffer, address: bytes, port: int, ttl: int, dont_fragment: bool) -> None:
         if ttl != self._ttl:
             self._set_ttl(ttl)

@@ -8,6 +8,7 @@ netifaces' to say. A host with a VPN that takes all traffic goes out by the VPN'
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import socket
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ _PORT: Final = 9  # discard; nothing is sent
 _LONGEST: Final = 30
 _WIDENED: Final = 24
 
+# The host cannot be asked now, which says nothing about its addresses.
+_EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS))
+
 
 @dataclass(frozen=True, slots=True)
 class Outward:
@@ -37,7 +41,7 @@ class Outward:
 
 
 def find_outward() -> Outward:
-    """Ask the host now. What it does not have is None."""
+    """Ask the host now. What it does not have is None. Raises OSError when no descriptors are left to ask with."""
     import netifaces  # a C extension, 6 ms; only who needs it comes here
 
     entries = list(_addresses())
@@ -61,12 +65,14 @@ def find_outward() -> Outward:
 
 
 def _source(family: socket.AddressFamily, far: str) -> IPv4Address | IPv6Address | None:
-    """The address from which the host would send there; None when it has no route."""
+    """The address from which the host would send there; None when it has no route. Raises OSError."""
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as sock:
             sock.connect((far, _PORT))
             return ipaddress.ip_address(sock.getsockname()[0].partition("%")[0])
-    except OSError:
+    except OSError as error:
+        if error.errno in _EXHAUSTED:
+            raise
         return None
 
 

@@ -8,6 +8,8 @@ say with each datagram which of the host's addresses was meant (IP_PKTINFO of ip
 says the same when it answers. Both are control messages, which cost 1 us a datagram; by the dozen (`host.batches`), or
 merged by the kernel (UDP_GRO), they cost nothing to speak of.
 
+A datagram to a group (ff02::1 reaches every host) was meant for no address; what answers it is the kernel's to choose.
+
 IPv6 sockets take IPv6 alone, so that an IPv4 caller has its own address and not ::ffff:192.0.2.1: who wants both
 families opens two.
 
@@ -95,7 +97,7 @@ class UdpListener(HostDatagramSocket):
                 segment = int.from_bytes(data[:4], sys.byteorder)
             elif level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
                 local = data[4:8]
-            elif level == socket.IPPROTO_IPV6 and kind == _IPV6_PKTINFO:
+            elif level == socket.IPPROTO_IPV6 and kind == _IPV6_PKTINFO and data[0] != 0xFF:
                 local = data[:16]
         return length, segment, (self._names.address(peer[0]), peer[1], local, _zone_of(peer))
 
@@ -174,6 +176,9 @@ class _ReplySocket:
 
     def close(self) -> None:
         """The listener closes when its forward ends."""
+
+    def bound_port(self) -> int:
+        return self._listener.port
 
     def send_to(self, payload: Buffer, address: bytes, port: int, ttl: int, dont_fragment: bool) -> None:
         self._listener.send_reply((payload,), self._name, self._control, ttl, dont_fragment)
