@@ -247,6 +247,23 @@ def test_mistakes_are_named_with_their_line(tmp_path: Path, text: str, words: st
     assert words in problem(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    "proxy",
+    (
+        {"credentials": "u:hunter2"},
+        {"credentials": {"u:hunter2@h:1": "u:hunter2"}},
+        {"credentials": {"h": {"hunter2": 1}}},
+        {"http": "http://u:hunter2@h h"},
+        {"pac": ["http://u:hunter2@h/p"]},
+        {"all": {"hunter2": 1}},
+    ),
+)
+def test_a_mistake_about_a_proxy_does_not_show_its_password(proxy: dict[str, Any]) -> None:
+    with pytest.raises((ConfigError, ValidationError)) as caught:
+        Config(proxy=proxy)
+    assert "hunter2" not in str(caught.value)
+
+
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     file = tmp_path / "n.toml"
     file.write_bytes(b"a = 1\nb = '\xff'\n")

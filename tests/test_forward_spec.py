@@ -48,6 +48,8 @@ SPECS = (
         ForwardSpec("unix", path="/run/w.sock", guest="fd00::15", guest_port=80),
     ),
     ("unix:/run/a:b::80", "unix:/run/a:b::80", ForwardSpec("unix", path="/run/a:b", guest_port=80)),
+    ("unix:/run/web[1]:80", "unix:/run/web[1]:80", ForwardSpec("unix", path="/run/web[1]", guest_port=80)),
+    ("unix:/run/web[1]::80", "unix:/run/web[1]:80", ForwardSpec("unix", path="/run/web[1]", guest_port=80)),
     ("unix:/run/a:b/c:80", "unix:/run/a:b/c:80", ForwardSpec("unix", path="/run/a:b/c", guest_port=80)),
 )
 

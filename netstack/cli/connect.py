@@ -13,6 +13,7 @@ and nothing is copied here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
@@ -148,5 +149,6 @@ def relay(sock: socket.socket, early: bytes = b"", source: int = 0, sink: int = 
                 return 0  # whoever wanted it is gone
         if not source_open and not to_guest and guest_open and source >= 0:
             source = -1
-            sock.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # a guest that has reset the connection: the next recv() says so
+                sock.shutdown(socket.SHUT_WR)
     return 0

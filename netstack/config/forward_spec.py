@@ -131,7 +131,7 @@ def _parse_unix(rest: str) -> ForwardSpec:
         raise _Wrong("a unix socket leads to a TCP port; leave /udp out")
     last = re.sub("/tcp$", "", last, flags=re.IGNORECASE)
     guest = ""
-    if head.endswith("]") and "[" in head:
+    if head.endswith("]") and re.search(r"\[.*:|:\[", head.rpartition("/")[2]):  # and not of a path such as /run/web[1]
         head, _, guest = head.rpartition("[")
         if not head.endswith(":"):
             raise _Wrong(f"write {_UNIX_FORM}")

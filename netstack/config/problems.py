@@ -45,6 +45,8 @@ _WORDS: Mapping[str, str] = {
     "too_short": "must not be empty",
     "tuple_type": "must be a list",
 }
+# Of [proxy].
+_MAY_HOLD_PASSWORDS = {(key,) for key in ("http", "https", "ftp", "all", "socks", "pac", "credentials")}
 _ARRAYS_OF_TABLES = {("link",), ("guest",), ("publish",), ("dns", "route"), ("auto_publish", "rule")}
 # Tables of the documented file that this version does not read yet. A plain "unknown key" would send people looking
 # for a typo.
@@ -73,9 +75,14 @@ def problem_of(error: ErrorDetails, known_keys: Sequence[str]) -> ConfigError:
         reason = f"must be a list of tables; write [[{path_name(path)}]]"
     value = str(error["input"])
     # A URI's problem names the URI; what stands in [proxy] may be a password.
-    if not reason.startswith(value) and not (path[:1] == ("proxy",) and kind == "value_error"):
+    is_secret = path[:1] == ("proxy",) and (kind == "value_error" or path[1:2] in _MAY_HOLD_PASSWORDS)
+    if not reason.startswith(value) and not is_secret:
         reason = f"{value if len(value) <= 60 else value[:57] + '...'} {reason}"
-    return ConfigError(f"{path_name(path)}: {reason}", at=path, reason=reason)
+    shown = path
+    if path[:2] == ("proxy", "credentials"):
+        # Whoever writes the password into the key, too.
+        shown = tuple(part.rpartition("@")[2] if isinstance(part, str) else part for part in path)
+    return ConfigError(f"{path_name(shown)}: {reason}", at=path, reason=reason)
 
 
 def path_name(path: Path) -> str:

@@ -21,6 +21,7 @@ does not read would keep netstack from ending: when the front ends, it closes wh
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import secrets
@@ -33,6 +34,7 @@ from urllib.parse import parse_qs
 import trio
 
 if TYPE_CHECKING:
+    from hypercorn.trio.tcp_server import TCPServer
     from starlette.types import ASGIApp
 
 CONNECTIONS: Final = 256
@@ -133,6 +135,7 @@ class Front:
         config.errorlog = None
         config.accesslog = None
         config.include_server_header = False
+        config.keep_alive_max_requests = 1 << 30  # not 1,000: `top` asks for as long as somebody looks at it
         config.h11_max_incomplete_size = MAX_HEAD
         self._config = config
         self._app = wrap_app(app, 0, "asgi")  # type: ignore[arg-type] # its own ASGI types
@@ -214,10 +217,8 @@ class Front:
         return bytes(taken), None  # too much
 
     async def _hand_over(self, stream: trio.SocketStream, taken: bytes) -> None:
-        from hypercorn.trio.tcp_server import TCPServer
-
         connection: Any = Connection(stream, taken)
-        await TCPServer(self._app, self._config, self._context, self._state, connection).run()
+        await _server_class()(self._app, self._config, self._context, self._state, connection).run()
 
     async def _take_over(self, stream: trio.SocketStream, head: bytes, takeover: Callable[[Takeover], None]) -> None:
         """Read the head, and give the socket away. Untrusted."""
@@ -253,6 +254,23 @@ class Front:
         except BaseException:
             own.close()
             raise
+
+
+@functools.cache
+def _server_class() -> type[TCPServer]:
+    """hypercorn's, without HTTP/2: once that is agreed on, hypercorn lets a client that asks nothing stay for ever."""
+    from hypercorn.trio.tcp_server import TCPServer
+
+    async def keep_protocol(request: object) -> None:
+        """An Upgrade to h2c is not obliged (RFC 9110 7.8), and the preface of HTTP/2 is a request for nothing."""
+
+    class Http1Server(TCPServer):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "protocol":
+                value.protocol._check_protocol = keep_protocol
+            super().__setattr__(name, value)
+
+    return Http1Server
 
 
 async def _take(sock: trio.socket.SocketType, count: int) -> None:

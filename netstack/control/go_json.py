@@ -24,6 +24,8 @@ _LITERALS: Final = {ord("t"): b"true", ord("f"): b"false", ord("n"): b"null"}
 _DIGITS: Final = b"0123456789"
 _HEX: Final = b"0123456789abcdefABCDEF"
 
+_HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+_LONE: Final = re.compile("[\ud800-\udfff]")
 _INTEGER: Final = re.compile(rb"-?(?:0|[1-9][0-9]*)?")
 
 # Go's names of what a value is.
@@ -46,9 +48,18 @@ def loads(data: bytes) -> Any:
     """The first value in `data`. Raises GoJsonError. Untrusted."""
     start, end = _Scanner(data).scan()
     try:
-        return json.loads(data[start:end].decode("utf-8", "replace"))
+        value = json.loads(data[start:end].decode("utf-8", "replace"), parse_int=_number_of)
+        if _HALF.search(data, start, end):
+            # Half of a surrogate pair: unquote() of decode.go makes it U+FFFD.
+            value = json.loads(_LONE.sub("\ufffd", json.dumps(value, ensure_ascii=False)))
     except RecursionError:
         raise GoJsonError("exceeded max depth") from None
+    return value
+
+
+def _number_of(text: str) -> int | float:
+    """int() refuses thousands of digits, of which a caller can send as many."""
+    return int(text) if len(text) < 20 else float(text)
 
 
 def take_struct(value: Any, struct: str, fields: Mapping[str, tuple[type, str]], path: str = "") -> dict[str, Any]:

@@ -16,10 +16,9 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from typing import Any, Final, NamedTuple, Protocol
-from urllib.parse import urlsplit
 
 from netstack.control.go_json import GoJsonError, kind_of, loads, take_struct
 
@@ -34,6 +33,9 @@ _NOT_FOUND: Final = "proxy not found"
 
 # Names that every resolver knows without asking.
 _LOOPBACK: Final = {"localhost": "127.0.0.1"}
+
+# Names are bounded where they are kept; zones without one are not.
+MAX_ZONES: Final = 1000
 
 # The zones that gvproxy has from the start.
 ZONES: Final = ("containers.internal.", "docker.internal.")
@@ -90,7 +92,7 @@ class GvproxyForwards:
     def all(self) -> list[dict[str, str]]:
         """What is exposed, sorted as gvproxy does."""
         present = {forward.id: forward for forward in self._forwards}
-        self._exposed = {key: value for key, value in self._exposed.items() if value[0] in present}
+        self._forget_others(present)
         ours = {ident: (local, remote, protocol) for (protocol, local), (ident, remote) in self._exposed.items()}
         found = [ours.get(ident) or _texts_of(forward.describe()) for ident, forward in present.items()]
         found.sort(key=lambda texts: (texts[0], texts[2]))
@@ -116,6 +118,7 @@ class GvproxyForwards:
                 raise GoError(_listen_words(where, error)) from None
         except GoError as error:
             return Answer(error.status, str(error))
+        self._forget_others({forward.id for forward in self._forwards})
         self._exposed[protocol, local] = forward.id, remote
         return OK
 
@@ -132,6 +135,10 @@ class GvproxyForwards:
             return Answer(500, _NOT_FOUND)
         self._forwards.remove(ident)
         return OK
+
+    def _forget_others(self, present: Container[str]) -> None:
+        """Forwards may be removed by other ways than ours."""
+        self._exposed = {key: value for key, value in self._exposed.items() if value[0] in present}
 
     def _find(self, protocol: str, local: str) -> str | None:
         """The id of the forward with this key."""
@@ -174,6 +181,8 @@ class GvproxyZones:
                 for record in reversed(records)  # of two for one name, the first one counts
             }
             known = next((one for one in self._zones if one["Name"] == name), None)
+            if known is None and len(self._zones) >= MAX_ZONES:
+                raise GoError(f"there are {MAX_ZONES} zones already, and no more can be", 400)
             if zone and (default or (known is not None and known["DefaultIP"])):
                 entries[f"*.{zone}"] = default or None
             self._names.add_hosts(entries)
@@ -261,15 +270,16 @@ def _parse_uint16(text: str) -> int:
     quoted = '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
     if not re.fullmatch("[0-9]+", text):
         raise GoError(f"strconv.ParseUint: parsing {quoted}: invalid syntax")
-    if len(text.lstrip("0")) > 5 or int(text) > 0xFFFF:
+    digits = text.lstrip("0") or "0"  # int() refuses thousands of digits
+    if len(digits) > 5 or int(digits) > 0xFFFF:
         raise GoError(f"strconv.ParseUint: parsing {quoted}: value out of range")
-    return int(text)
+    return int(digits)
 
 
 def _spec_of(protocol: str, local: str, remote: str) -> tuple[str, str]:
     """Our SPEC, and how Go names what is listened at: "listen tcp 127.0.0.1:80"."""
     if protocol in ("unix", "npipe"):
-        scheme = urlsplit(remote).scheme if "://" in remote else ""
+        scheme = remote.partition("://")[0].lower() if "://" in remote else ""
         if scheme != "tcp" or protocol == "npipe":
             raise GoError(f"remote protocol for {protocol} forwarder is not implemented: {scheme}")
         if not local.startswith("/"):
@@ -286,9 +296,10 @@ def _spec_of(protocol: str, local: str, remote: str) -> tuple[str, str]:
         raise GoError(f"{what}{error}") from None
     if not re.fullmatch("[+-]?[0-9]*", text):
         raise GoError(f"{what}lookup {protocol}/{text}: unknown port")
-    if text[:1] in ("+", "-") or len(text.lstrip("0")) > 5 or int(text or 0) > 0xFFFF:
+    digits = text.lstrip("0") or "0"
+    if text[:1] in ("+", "-") or len(digits) > 5 or int(digits) > 0xFFFF:
         raise GoError(f"{what}address {text}: invalid port")
-    port = int(text or 0)
+    port = int(digits)
     host = _LOOPBACK.get(host, host)
     try:
         address = ip_address(host or "::")

@@ -65,8 +65,9 @@ def gvproxy_routes(source: GvproxySource) -> list[Route]:
             return tell(Answer(400, "post only"))
         try:
             return await read_bytes(request, MAX_BODY)
-        except HTTPException:
-            return tell(Answer(400, "http: request body too large"))  # Go's http.MaxBytesError
+        except HTTPException as error:
+            # Go's http.MaxBytesError, and what its ReadTimeout comes to
+            return tell(Answer(400, "http: request body too large" if error.status_code == 413 else "i/o timeout"))
 
     async def forwards(request: Request) -> Response:
         return show(source.forwards.all())

@@ -32,6 +32,7 @@ _REASONS: Final = {
     "404": "There is none",
     "405": "The path has other methods",
     "409": "Something else has it already",
+    "408": "The body did not come in time",
     "413": "The body is too long",
     "415": "The body is not JSON",
     "500": "It failed",
@@ -155,7 +156,7 @@ def _dns_paths() -> Schema:
         ]
     }
     hosts = _json(_object({"hosts": _list(_object({"name": _TEXT, "value": {}, "source": _TEXT}))}))
-    writing = "400 413 415"
+    writing = "400 408 413 415"
     anything = _json({"type": "object"})
     return {
         "/v1/dns": {"get": _operation("getDns", "Routing table, cache, counters, the last queries", anything)},
@@ -214,7 +215,7 @@ def _forward_paths() -> Schema:
                 "addForward",
                 "Open a port of the host that leads to a guest",
                 made,
-                "400 403 409 413 415 500",
+                "400 403 409 408 413 415 500",
                 status="201",
                 requestBody=_body(wanted),
             ),
@@ -267,7 +268,7 @@ def _other_paths() -> Schema:
                 "setCapture",
                 "Begin to write frames to a file, or end it",
                 _json(_ref("Capture")),
-                "400 409 413 415",
+                "400 409 408 413 415",
                 requestBody=_body(action),
             ),
         },

@@ -41,6 +41,7 @@ class Limits:
     out_of_order_bytes: int = 64 << 20  # of guests' segments that wait for one before them, 128 more for each
     reassembly_bytes: int = 4 << 20
     neighbors: int = 4096
+    forward_pending: int = 1024  # connections of all forwards that no guest has answered: each is a descriptor
     icmp_errors_per_second: int = 1000
 
 

@@ -22,8 +22,9 @@ What the guest sees. The caller's own address and port, when the guest can answe
 forward says so, it is the gateway's. The port is the caller's unless the guest has a connection with the same four
 numbers already; a caller at a unix socket has none and gets any.
 
-Bounds: a forward has at most MAX_PENDING connections that no guest has answered; more wait in the kernel's queue, and
-that bounds descriptors too. Open connections count as flows of the guest's link (`core.flows.Limits`).
+Bounds: a forward has at most MAX_PENDING connections that no guest has answered, and all together no more than
+`Limits.forward_pending`, or callers of guests that are not there would take all descriptors; more wait in the kernel's
+queue. Open connections count as flows of the guest's link (`core.flows.Limits`).
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
+from netstack.core.addresses import is_link_local6
 from netstack.core.flows import FlowKey, flow_key
 
 if TYPE_CHECKING:
-    from netstack.core.flows import FlowTable
+    from netstack.core.flows import FlowTable, Limits
     from netstack.core.ports import HostSocket
     from netstack.core.stack import Stack
     from netstack.core.tcp import TcpFlow
@@ -93,6 +95,38 @@ class Engine(Protocol):
         """The forward ends. No more connections; those that are open go on, or end where that is the protocol's way."""
 
 
+class Pending:
+    """Connections of all forwards that no guest has answered."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._count = 0
+        self._waiting: dict[TcpForward, None] = {}
+
+    def enter(self) -> None:
+        """One more."""
+        self._count += 1
+
+    def leave(self) -> None:
+        """One less; those that wait are told."""
+        self._count -= 1
+        if self._waiting and self._count < self._limits.forward_pending:
+            waiting, self._waiting = self._waiting, {}
+            for forward in waiting:
+                forward.on_room()
+
+    def is_full_for(self, forward: TcpForward) -> bool:
+        """Whether this forward has to wait until its on_room() is called."""
+        if self._count < self._limits.forward_pending:
+            return False
+        self._waiting[forward] = None
+        return True
+
+    def forget(self, forward: TcpForward) -> None:
+        """It waits no more."""
+        self._waiting.pop(forward, None)
+
+
 class TcpForward:
     """Takes the connections of one forward to its guest."""
 
@@ -124,7 +158,7 @@ class TcpForward:
 
     def full(self) -> bool:
         """Whether listeners are to wait with accept()."""
-        return self._pending >= MAX_PENDING
+        return self._pending >= MAX_PENDING or self._stack.forward_pending.is_full_for(self)
 
     def on_connection(
         self, sock: HostSocket, caller: bytes | None, caller_port: int, guest_port: int, now: float
@@ -138,6 +172,7 @@ class TcpForward:
             self._stack.host.reset(sock)
             return
         self._pending += 1
+        self._stack.forward_pending.enter()
         self._stack.counters.forwarded += 1
 
         def open_to(guest: bytes, other: int, now: float) -> None:
@@ -153,6 +188,8 @@ class TcpForward:
                 return False
 
             peer = self._peer_for(caller, len(guest))
+            if is_link_local6(guest):  # from there it answers to its own wire alone
+                peer = self._stack.addresses.link_local
             self._open_to_guest(sock, guest, guest_port, peer, caller_port, opened, now)
 
         open_to(guest, 10 - family, now)
@@ -165,8 +202,9 @@ class TcpForward:
         return addresses.caller(caller, length)
 
     def _on_opened(self, flow: TcpFlow | None, error: int, guest: bytes, guest_port: int) -> None:
-        was_full = self.full()
+        was_full = self._pending >= MAX_PENDING
         self._pending -= 1
+        self._stack.forward_pending.leave()
         if error or flow is None:
             words = _WORDS.get(error, "the connection to {guest} port {port} failed")
             self._fail(words.format(guest=ip_address(guest), port=guest_port))
@@ -201,6 +239,7 @@ class TcpForward:
     def close(self, now: float) -> None:
         """No more connections come; those that are open, or are being opened, go on to their own end."""
         self._closed = True
+        self._stack.forward_pending.forget(self)
 
 
 _WORDS: Final = {

@@ -213,26 +213,36 @@ class Neighbors:
 
     # ---- resolution ------------------------------------------------------------------------------------------------
 
+    def current(self, address: bytes, now: float) -> Neighbor | None:
+        """Who is known to be at this address, for what the host sends there by itself: see forwards.
+
+        The owner of an address of the host's need not have it on an interface, as rules may do with less: then it does
+        not answer for it, nor say so when it moves. Where its owner is, there the address is.
+        """
+        neighbor = self._table.get(address)
+        if address in self._addresses.borrowed:
+            owner = self.owner_of(address)
+            link = self._stack.switch.where(owner) if owner is not None else None
+            if (
+                owner is not None
+                and link is not None
+                and (neighbor is None or neighbor.mac != owner or neighbor.link is not link)
+            ):
+                return self.learn(link, owner, address, now)
+        return neighbor
+
     def resolve(self, address: bytes, resolved: Resolved, now: float) -> None:
         """Call resolved(neighbor, now) at once or when it is known; with None when nobody answers for some seconds."""
-        neighbor = self._table.get(address)
+        neighbor = self.current(address, now)
         if neighbor is not None:
             resolved(neighbor, now)
             return
-        borrowed = address in self._addresses.borrowed
-        if borrowed:
-            # Its owner need not have it on an interface, and would not answer then: rules may do with less.
-            owner = self.owner_of(address)
-            link = self._stack.switch.where(owner) if owner is not None else None
-            if owner is not None and link is not None:
-                resolved(self.learn(link, owner, address, now), now)
-                return
         resolution = self._resolutions.get(address)
         if resolution is None:
             if (
                 len(self._resolutions) >= _RESOLUTIONS
                 or address == BROADCAST4
-                or not (borrowed or self._addresses.in_subnet(address))
+                or not (address in self._addresses.borrowed or self._addresses.in_subnet(address))
             ):
                 resolved(None, now)
                 return

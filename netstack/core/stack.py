@@ -38,7 +38,7 @@ from netstack.core.budget import Budgets
 from netstack.core.chunks import CHUNK, LARGE_CHUNK, Chunks
 from netstack.core.counters import Counters
 from netstack.core.flows import FlowKey, FlowTable, Limits, flow_key
-from netstack.core.forwards import find_key
+from netstack.core.forwards import Pending, find_key
 from netstack.core.headers import FRAME4, FRAME6, SMALLEST4, SMALLEST6
 from netstack.core.icmp import IcmpLayer
 from netstack.core.ingress import Ingress, Packet
@@ -139,6 +139,7 @@ class Stack:
         self.udp = UdpFlows(self)
         self.udp_services = UdpServices(self)
         self.udp_forwards = UdpForwards(self)
+        self.forward_pending = Pending(self.limits)
         self.icmp = IcmpLayer(self)
         self.discovery: NeighborDiscovery | None = None
         self.touched: list[TcpFlow] = []

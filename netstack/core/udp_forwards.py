@@ -299,7 +299,7 @@ class UdpForwards:
         """The link is gone, and with it the guests behind it."""
         for forward in list(self.forwards):
             for port in forward.ports:
-                port.on_link_lost(link)
+                port.leave(link)
         for flow in [flow for flow in self.flows.values() if flow.link is link]:
             self.close(flow, now, "link closed")
 

@@ -59,6 +59,8 @@ class CaptureControl:
         """Have it written once a second."""
         import trio
 
+        if self._scope is not None:
+            self._scope.cancel()  # of a capture that ended by itself: it was full, or the disk was
         self._scope = trio.CancelScope()
 
         async def flush(scope: trio.CancelScope) -> None:

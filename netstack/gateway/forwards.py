@@ -132,6 +132,7 @@ class Forwards:
         self._number = 0
         self._ports_open = 0
         self._closed = False
+        self._refused_at = 0  # of a range, the port that could not be had, counted from the first
         self.guests = guests
         # Called with "added" or "removed" and the forward.
         self.on_change: list[Callable[[str, Forward], None]] = []
@@ -256,12 +257,15 @@ class Forwards:
                 return self._try(spec, through, as_gateway=as_gateway)
             except OSError as error:
                 raise self._explain(spec, error) from None
-        for first in range(asked.host_port + 1, min(asked.host_port + 1 + _NEXT_TRIES, 65537 - asked.count)):
+        first = asked.host_port + self._refused_at + 1
+        while first < min(asked.host_port + 1 + _NEXT_TRIES, 65537 - asked.count):
             try:
                 return self._try(replace(asked, host_port=first), through, as_gateway=as_gateway)
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise self._explain(asked, error) from None
+            # No run with that port in it can be had: to try them all could take seconds, in which no guest is served.
+            first += self._refused_at + 1
         raise ForwardError(f"{asked}: the next {_NEXT_TRIES} ports are in use too; name another", "conflict")
 
     def _try(self, spec: ForwardSpec, through: OpenToGuest | None, *, as_gateway: bool) -> tuple[Ports, ForwardSpec]:
@@ -284,7 +288,10 @@ class Forwards:
                 assert isinstance(ports, TcpPorts)
                 ports.open_path(spec.path, spec.guest_port)
             else:
-                got = [ports.open(spec.host, _nth(spec.host_port, i), spec.guest_port + i) for i in range(spec.count)]
+                got: list[int] = []
+                for i in range(spec.count):
+                    self._refused_at = i
+                    got.append(ports.open(spec.host, _nth(spec.host_port, i), spec.guest_port + i))
                 spec = replace(spec, host_port=got[0])
             ports.start()
         except BaseException:
@@ -301,8 +308,6 @@ class Forwards:
         return f"127.0.{guest[2]}.{guest[3]}"
 
     def _explain(self, spec: ForwardSpec, error: OSError) -> ForwardError:
-        from netstack.host.port_owner import find_owner
-
         code = error.errno or 0
         if code == errno.EADDRINUSE:
             ours = next((forward for forward in self if _overlap(forward.spec, spec)), None)
@@ -311,6 +316,9 @@ class Forwards:
             elif spec.protocol == "unix":
                 who = "another process listens there"
             else:
+                # Here, where the port's own descriptor is free again: an import needs one, and may fail like anything.
+                from netstack.host.port_owner import find_owner
+
                 owner = find_owner(spec.protocol, spec.host, range(spec.host_port, spec.host_port + spec.count))
                 who = f"{owner} has it" if owner else "another process has it"
             what = "the socket" if spec.protocol == "unix" else "the port"

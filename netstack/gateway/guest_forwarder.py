@@ -70,6 +70,9 @@ class GuestForwarder:
             if key in guest.exposed:
                 raise GoError(f"proxy already running for {protocol} on {local}")
             publication = self._allow(guest, protocol, local, fields.get("remote", ""))
+            if any(one.place == publication.place for one in guest.exposed.values()):
+                # What stands before the colon of `local` means nothing here: spellings of one place have no end.
+                raise GoError(_in_use(publication))
             if publication.place not in guest.forwards and self._agents.is_full(guest):
                 raise GoError("this guest has as many ports as auto_publish.max_ports allows", 403)
             guest.exposed[key] = publication
@@ -77,7 +80,10 @@ class GuestForwarder:
             failure = guest.failed.get(publication.place)
             if failure is not None:
                 del guest.exposed[key]
-                raise GoError(failure.why)
+                # Which process of the host has the port, or which other guest, is not for guests to know.
+                if "is in use" in failure.why:
+                    raise GoError(_in_use(publication))
+                raise GoError("the host cannot open this port now; its log says why")
         except GoError as error:
             return _error(error)
         return GuestResponse()
@@ -142,6 +148,12 @@ def _read(request: GuestRequest, struct: str, fields: Mapping[str, tuple[type, s
         if len(text) > _MAX_TEXT or not text.isprintable():
             raise GoError(f"{name} is not an address", 400)
     return found
+
+
+def _in_use(publication: Publication) -> str:
+    """Go's words for it."""
+    where = f"{write_host(publication.host)}:{publication.host_port}"
+    return f"listen {publication.protocol} {where}: bind: address already in use"
 
 
 def _port(text: str) -> int:

@@ -7,6 +7,7 @@ which are not here.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -146,7 +147,8 @@ class LocalData:
 
 
 def _warm_up() -> None:
-    import dnslib  # noqa: F401
+    with contextlib.suppress(OSError):  # no descriptors are left at the moment: whoever needs it will import it
+        import dnslib  # noqa: F401
 
 
 def _is_private(packed: bytes) -> bool:

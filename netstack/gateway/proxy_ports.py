@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import secrets
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from ipaddress import ip_address
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _QUIC = 443
 _WARM_UP_AFTER = 0.5
+_FAILURE_LINES = 16
 
 
 class ProxyPorts:
@@ -113,7 +115,7 @@ class ProxyPorts:
     async def _warm_up(self) -> None:
         """The host has a proxy, so ours will be needed: import it when the network is up."""
         await trio.sleep(_WARM_UP_AFTER)
-        with contextlib.suppress(RuntimeError):  # the system gives no more threads
+        with contextlib.suppress(RuntimeError, OSError):  # the system gives no more threads, or descriptors
             await trio.to_thread.run_sync(importlib.import_module, "netstack.proxy.server")
 
     async def _serve_http(self, guest: Guest) -> None:
@@ -168,10 +170,10 @@ class ProxyPorts:
             "ms": round(record.seconds * 1000, 3),
         }
         if record.error:
-            # What a guest asks for and does not get; of one host and reason one line in ten seconds.
-            self._events.warning(
-                f"proxy {record.status} {record.error[:80]}", "proxy request failed", **fields, error=record.error
-            )
+            # What a guest asks for and does not get. Of alike ones one line in ten seconds; a guest can name any number
+            # of hosts, so all that fail in one way make _FAILURE_LINES at most.
+            alike = zlib.crc32(record.error.encode("utf-8", "replace")) % _FAILURE_LINES
+            self._events.warning(f"proxy {record.status} {alike}", "proxy request failed", **fields, error=record.error)
         elif self._table.log_requests:
             self._log.info("proxy request", **fields)
         else:

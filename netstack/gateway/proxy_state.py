@@ -198,7 +198,7 @@ class ProxyState:
         self._events.warning("pac", "the PAC script has no answer; going direct", problem=words)
 
     def _on_failure(self, error: Exception) -> None:
-        self._events.warning("proxy_follow", "internal error: a change of proxies was lost", error=repr(error))
+        self._events.warning("proxy_follow", "internal error: a change of proxies was lost", error=type(error).__name__)
 
     # ---- names -----------------------------------------------------------------------------------------------------
 
@@ -217,8 +217,8 @@ class ProxyState:
         """Whether a host is in this network. Untrusted."""
         address = parse_address(host)
         if address is not None:
-            packed = address.packed
-            return packed in self._stack.addresses.own or self._stack.addresses.in_subnet(packed)
+            # Where a guest may not go nobody goes for it: it is refused when it is dialled.
+            return address.packed in self._stack.addresses.own or self._stack.addresses.to_host(address.packed) is None
         name = host.rstrip(".").lower()
         return name in HOST_NAMES or name == DOMAIN or name.endswith("." + DOMAIN)
 

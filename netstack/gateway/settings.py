@@ -123,6 +123,7 @@ def choose_limits(config: Config, log: Log) -> Limits:
         udp_flows=udp,
         udp_flows_per_guest=min(wanted.udp_flows_per_guest, udp * 3 // 4),
         neighbors=wanted.neighbors,
+        forward_pending=min(Limits().forward_pending, max(64, descriptors // 8)),  # half of the reserve, of 1,024
         reassembly_bytes=wanted.reassembly,
     )
 

@@ -4,7 +4,8 @@ Theory of operation. The stack calls `frame` for each frame it takes or sends, o
 but an `is not None`. A frame is packed into a list in memory; the list goes to the file when it holds 64 KiB, after a
 second at most (`run`, a task of whoever opened the capture), and on close. The file is always whole blocks: when a
 write fails half-way, the file is cut back to the last whole block, so that a full disk leaves a readable capture. Any
-such error ends the capture with one warning and never the network.
+such error ends the capture with one warning and never the network. So does the reader of a FIFO (`wireshark -k -i`)
+that is BEHIND_BYTES behind: nobody waits for it.
 
 The format is pcapng (draft-ietf-opsawg-pcapng): a section header, one interface description for each link, written when
 the link first appears, and one enhanced packet block for each frame, with its time in nanoseconds, its direction as
@@ -17,6 +18,7 @@ A capture holds all that the guests send: the file is made readable by its owner
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import struct
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
 FLUSH_BYTES = 64 * 1024
 FLUSH_SECONDS = 1.0
+# How far the reader of a FIFO may be behind.
+BEHIND_BYTES = 4 * 1024 * 1024
+_PIPE_BYTES = 1024 * 1024  # what Linux gives to everybody: fs.pipe-max-size
 
 # Enhanced packet block, little-endian: u32 block type 6, total length, interface id, timestamp high, timestamp low,
 # captured length, original length; then the data padded to 4 bytes, the options, and the total length again.
@@ -73,15 +78,20 @@ class Capture:
         self._interfaces: dict[str, int] = {}
         self._pending: list[Buffer] = []
         self._pending_bytes = 0
+        self._flush_at = FLUSH_BYTES
         self._written = 0
-        # O_NONBLOCK: opening a FIFO that nobody reads would wait for ever; so it fails with ENXIO.
+        # O_NONBLOCK: opening a FIFO that nobody reads would wait for ever; so it fails with ENXIO. It stays so: a write
+        # that waits for a reader would hold all guests up.
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         self._fd = os.open(self.path, flags, 0o600)
         try:
-            os.set_blocking(self._fd, True)
             self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
             if self._regular:
+                with contextlib.suppress(PermissionError):  # another's file, which we may write
+                    os.fchmod(self._fd, 0o600)  # O_CREAT leaves a file that is there as readable as it was
                 os.ftruncate(self._fd, 0)
+            else:
+                _widen_pipe(self._fd)
             self._add(_section_header(application))
         except OSError:
             os.close(self._fd)
@@ -131,7 +141,7 @@ class Capture:
         self._pending += (header, data, padding, options, _LENGTH.pack(total))
         self._pending_bytes += total
         self.frames += 1
-        if self._pending_bytes >= FLUSH_BYTES:
+        if self._pending_bytes >= self._flush_at:
             self.flush()
 
     async def run(self) -> None:
@@ -147,6 +157,7 @@ class Capture:
         data = memoryview(b"".join(self._pending))
         self._pending.clear()
         self._pending_bytes = 0
+        self._flush_at = FLUSH_BYTES
         if self._max_size and self._written + len(data) > self._max_size:
             self._stop(f"{self.path} has reached its limit of {self._max_size} bytes: the capture ends here")
             return
@@ -154,6 +165,14 @@ class Capture:
         try:
             while sent < len(data):
                 sent += os.write(self._fd, data[sent:])
+        except BlockingIOError:
+            rest = len(data) - sent
+            if rest > BEHIND_BYTES:
+                self._stop(f"{self.path}: who reads it is too slow: the capture ends here, the network goes on")
+                return
+            self._pending.append(data[sent:])
+            self._pending_bytes = rest
+            self._flush_at = rest + FLUSH_BYTES
         except OSError as error:
             self._stop(f"{self.path}: {error.strerror}: the capture ends here, the network goes on")
             return
@@ -180,6 +199,14 @@ class Capture:
         finally:
             os.close(self._fd)
         self._on_warning(warning)
+
+
+def _widen_pipe(fd: int) -> None:
+    """Have the kernel hold more for the reader of a FIFO, where it does that."""
+    import fcntl
+
+    with contextlib.suppress(OSError, AttributeError):  # it is no FIFO, or not Linux
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def _comment_option(comment: str) -> bytes:

@@ -35,6 +35,9 @@ from netstack.proxy.upstream import Upstream, authorization
 # RFC 9110 9.2.1: they change nothing at the server.
 _SAFE: Final = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE"))
 
+# RFC 9110 9.3.8: answered with the request itself, by a proxy too (Max-Forwards: 0); TRACK is IIS's word for it.
+_ECHOED: Final = frozenset((b"TRACE", b"TRACK"))
+
 # A guest that sends further requests ahead of their turn is read so far (RFC 9112 9.3.2).
 _AHEAD: Final = 64 * 1024
 
@@ -111,6 +114,9 @@ class Exchange:
         if upstream.is_proxy:
             assert isinstance(route, ProxyServer)
             own = authorization(route)
+            if own and request.method.upper() in _ECHOED:
+                words = f"{request.method.decode('ascii')} would have the proxy {route} tell the host's credentials"
+                raise RouteError(403, "http_request_denied", words)
             fields += own or [
                 (raw, value) for raw, value in request.headers.raw_items() if raw.lower() == b"proxy-authorization"
             ]
@@ -201,7 +207,8 @@ class Exchange:
                 return
             self._connection.receive_data(data)
             if len(self._connection.trailing_data[0]) > _AHEAD:
-                await trio.sleep_forever()
+                await self._guest.wait_gone()
+                return
 
     # ---- down ------------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import h11
 
+from netstack.proxy.settings import parse_address
+
 if TYPE_CHECKING:
     from h11._headers import Headers
 
@@ -37,6 +39,7 @@ Fields = list[tuple[bytes, bytes]]
 # RFC 3986 3.2.2 without what no host's name has (percent-encoding, sub-delims); "_" is in names of services.
 _NAME = rb"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9_.])?"
 _PLACE = re.compile(rb"(?:\[(?P<six>[0-9A-Fa-f:.]{2,45})\]|(?P<name>" + _NAME + rb"))(?::(?P<port>[0-9]{0,5}))?")
+_NUMBER = re.compile(r"(?:^|\.)(?:[0-9]+|0x[0-9a-f]*)$")
 _ABSOLUTE = re.compile(rb"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<authority>[^/?#]*)(?P<path>[^#]*)")
 
 # RFC 9110 7.6.1, and what older programs and proxies use the same way.
@@ -197,6 +200,9 @@ def transparent_target(request: h11.Request, default: Place) -> Target:
     target = bytes(request.target)
     if request.method == b"CONNECT" or _ABSOLUTE.fullmatch(target) is not None:
         return Target(default, target, absolute=True)  # the guest has a proxy of its own there
+    if not target.startswith(b"/") and target != b"*":
+        # Put behind the host in a URL for a proxy it would make another host of it.
+        raise HeadError(400, "proxy_bad_target", "the request names no path")
     host = next((value for name, value in request.headers if name == b"host"), b"")
     place = parse_place(host, default.port) if host else default
     return Target(place, target, absolute=False)
@@ -210,8 +216,12 @@ def parse_place(text: bytes, default_port: int = 0) -> Place:
     port = int(found["port"]) if found["port"] else default_port
     if not 1 <= port <= 65535:
         raise HeadError(400, "proxy_bad_target", "the target has no port from 1 to 65535")
-    host = (found["six"] or found["name"]).decode("ascii").lower()
-    return Place(host.rstrip(".") or host, port)
+    host = (found["six"] or found["name"]).decode("ascii").lower().rstrip(".")
+    if (found["six"] is not None or _NUMBER.search(host)) and parse_address(host) is None:
+        # As in the URL standard, a name does not end in a number: some resolver would take it for an address that
+        # nobody here has seen.
+        raise HeadError(400, "proxy_bad_target", "the target is neither a name nor an address")
+    return Place(host, port)
 
 
 def split_list(value: bytes) -> list[bytes]:

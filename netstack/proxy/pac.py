@@ -1,13 +1,15 @@
 """Runs PAC scripts: which script is in use, and the worker processes in which it runs.
 
 Theory of operation. `find_proxy` takes an idle worker, or starts one (WORKERS at most; who comes later waits), gives
-it the script if it has not got that one, and asks. While a script runs it may want names resolved: the worker asks
-us, and we ask the host's resolver, as browsers do. Then the worker is idle again.
+it the script if it has not got that one, and asks. While a script runs it may want names resolved: those that are not
+known yet it is told do not exist, its answer is thrown away, the host's resolver is asked, and the script is run
+again (Chromium's proxy_resolver_v8_tracing). So nobody's slow names hold a worker that others wait for. Then the
+worker is idle again.
 
 What takes too long is killed: the worker ends itself after a second of CPU time, and we end it after SILENCE seconds
-without a word, or TOTAL seconds with lookups. What fails says nothing about the way, and the request goes direct
-(routes.py). A script that kills its worker STRIKES times in a row is left alone for PAUSE seconds, because each time
-costs a second of a processor.
+without a word. After TOTAL seconds, names and the wait for a worker in them, there is no answer. What fails says
+nothing about the way, and the request goes direct (routes.py). A script that kills its worker STRIKES times in a row
+is left alone for PAUSE seconds, because each time costs a second of a processor.
 
 A worker that is asked by a request which was given up meanwhile is in the middle of its work, and killed for that
 reason.
@@ -22,9 +24,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import trio
@@ -45,6 +48,8 @@ IDLE: Final = 300.0  # after so long without a request workers are ended; starti
 MAX_URL: Final = 2048
 _MAX_LINE: Final = 65536
 _MAX_RECORDS: Final = 8
+_MAX_ROUNDS: Final = 20  # pac_worker.MAX_LOOKUPS, one after the other
+_MAX_ADDRESSES: Final = 32  # of a name, for a script
 
 # Addresses for documentation (RFC 5737, RFC 3849): connecting a UDP socket sends nothing, and says which address of
 # ours would be the source.
@@ -105,8 +110,7 @@ class PacRunner:
         if len(url) > MAX_URL:
             url = url[: url.find("/", url.find("://") + 3) + 1][:MAX_URL]
         try:
-            async with self._limit:
-                result = await self._evaluate(script, url, host)
+            result = await self._find(script, url, host)
         except PacError as error:
             self._on_failure(record, error)
             return None
@@ -115,6 +119,35 @@ class PacRunner:
             return None
         record.strikes, record.problem = 0, ""
         return None if result is None else parse_result(result)
+
+    async def _find(self, script: str, url: str, host: str) -> str | None:
+        """What the script says, run again for as long as it asks for names that it was not told. Raises PacError."""
+        known: dict[str, list[str]] = {}
+        with trio.move_on_after(TOTAL):
+            for _ in range(_MAX_ROUNDS):
+                missed: set[str] = set()
+                result, failure = None, None
+                async with self._limit:
+                    try:
+                        result = await self._evaluate(script, url, host, known, missed)
+                    except PacError as error:
+                        if error.lethal or not missed:
+                            raise
+                        failure = error
+                missed -= known.keys()
+                if not missed:
+                    if failure is not None:
+                        raise failure
+                    return result
+                async with trio.open_nursery() as nursery:
+                    for name in missed:
+                        nursery.start_soon(self._look_up, name, known)
+            raise PacError("the script asks for other names each time it is run")
+        # It was names that took so long, or other guests: no fault of the script's.
+        raise PacError(f"the script has no answer after {TOTAL:.0f} s")
+
+    async def _look_up(self, name: str, known: dict[str, list[str]]) -> None:
+        known[name] = [str(address) for address in await self._resolve(name)][:_MAX_ADDRESSES]
 
     async def warm(self, source: PacSource) -> None:
         """Have a worker ready, so that the first request need not wait for one; and see whether the script is one."""
@@ -173,8 +206,18 @@ class PacRunner:
         if record.strikes >= STRIKES:
             record.paused_until, record.strikes = time.monotonic() + PAUSE, 0
 
-    async def _evaluate(self, script: str, url: str = "", host: str = "") -> str | None:
-        """What the script says; without a URL it is only loaded. Raises PacError, OSError."""
+    async def _evaluate(
+        self,
+        script: str,
+        url: str = "",
+        host: str = "",
+        known: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        missed: set[str] | None = None,
+    ) -> str | None:
+        """What the script says; without a URL it is only loaded. Raises PacError, OSError.
+
+        Names that are not `known` are unknown to it, too, and added to `missed`: then the answer counts for nothing.
+        """
         self._used_at = time.monotonic()
         worker = self._take_idle(script) or await _Worker.start()
         is_whole = False
@@ -182,7 +225,7 @@ class PacRunner:
             with trio.move_on_after(TOTAL) as scope:
                 if worker.script != script:
                     await worker.load(script)
-                result = await self._ask(worker, url, host) if url or host else None
+                result = await self._ask(worker, url, host, known, missed) if url or host else None
                 is_whole = True
                 return result
             assert scope.cancelled_caught
@@ -204,14 +247,18 @@ class PacRunner:
             return found
         return self._idle.pop() if self._idle else None
 
-    async def _ask(self, worker: _Worker, url: str, host: str) -> str | None:
+    async def _ask(
+        self, worker: _Worker, url: str, host: str, known: Mapping[str, Sequence[str]], missed: set[str] | None
+    ) -> str | None:
         message: dict[str, Any] = {"find": [url, host], "addresses": self._own_now()}
         while True:
             answer = await worker.ask(message)
             name = answer.get("resolve")
             if not isinstance(name, str):
                 break
-            message = {"addresses": [str(address) for address in await self._resolve(name)][:32]}
+            if name not in known and missed is not None:
+                missed.add(name)
+            message = {"addresses": list(known.get(name, ()))}
         if "error" in answer:
             raise PacError(f"the script failed: {answer['error']}", lethal=bool(answer.get("spent")))
         result = answer.get("result")

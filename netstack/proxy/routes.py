@@ -83,7 +83,8 @@ class ProxyRouter:
 
     async def choose(self, scheme: str, host: str, port: int, url: str) -> Routes:
         """The ways to try, in order. Never empty, never raises. Untrusted: a guest names all of it."""
-        if self._is_own(host):
+        if self._is_own(host) or is_loopback(host):
+            # In whatever spelling: a proxy on the host's loopback would take it for its own.
             return (DIRECT,)
         settings = _settings_for(self.current, host)
         if not settings.may_proxy(scheme) or settings.no_proxy.match(host, port) is not None:

@@ -98,7 +98,8 @@ class Guest:
                         raise
             upstream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
         counters["proxy_relayed"] += 1
-        await relay(self.stream, upstream, early)
+        if not await relay(self.stream, upstream, early):
+            self.reset()  # what broke off must not look like an end
 
     def _read_rest(self, early: bytes) -> bytes:
         """What the guest has sent, to the last byte: `early` and what has come since."""
@@ -154,8 +155,9 @@ class Guest:
             pass
 
 
-async def relay(guest: trio.SocketStream, upstream: Stream, early: bytes) -> None:
-    """Copy both ways until both ends have closed, or one is broken."""
+async def relay(guest: trio.SocketStream, upstream: Stream, early: bytes) -> bool:
+    """Copy both ways until both ends have closed, or one is broken: then False."""
+    whole = True
     try:
         async with trio.open_nursery() as nursery:
 
@@ -169,9 +171,10 @@ async def relay(guest: trio.SocketStream, upstream: Stream, early: bytes) -> Non
             if isinstance(upstream, trio.SSLStream):
                 nursery.cancel_scope.cancel()  # TLS has no half-closed connections (RFC 5246 7.2.1)
     except* (trio.BrokenResourceError, trio.ClosedResourceError):
-        pass
+        whole = False
     finally:
         await trio.aclose_forcefully(upstream)
+    return whole
 
 
 async def _copy(source: Stream, target: Stream) -> None:

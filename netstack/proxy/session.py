@@ -209,6 +209,8 @@ class Session:
             status = exchange.status if exchange is not None else 0
             route = str(upstream.route) if upstream is not None else ""
             self._note(method, place, route, status, start, "the connection broke off")
+            if status:
+                self._guest.reset()  # a FIN would be the end of a body that has no length
             raise
         self._note(method, place, str(upstream.route), exchange.status, start)
         if exchange.switched:

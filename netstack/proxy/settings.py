@@ -235,13 +235,18 @@ def _split_place(place: str, default_port: int) -> tuple[str, int]:
 
 
 def redact_url(url: str) -> str:
-    """A URL without its credentials, query and fragment: a query may hold a token."""
+    """A URL without its credentials, query and fragment: a query may hold a token.
+
+    All before the last "@" is left out, wherever that is: what people write is not always a URL.
+    """
+    if url[:5].lower() == "data:":
+        return "data:..."
+    if url.startswith("/") and not url.startswith("//"):
+        return url.partition("?")[0]
     scheme, divider, rest = url.partition("://")
     if not divider:
-        return f"{url.partition(':')[0]}:..." if url.startswith("data:") else url.partition("?")[0]
-    authority, slash, path = rest.partition("/")
-    authority = authority.rpartition("@")[2]
-    return f"{scheme}://{authority}{slash}{path}".partition("?")[0].partition("#")[0]
+        scheme, rest = "", url
+    return f"{scheme}{divider}{rest.rpartition('@')[2]}".partition("?")[0].partition("#")[0]
 
 
 def local_path(url: str) -> Path | None:

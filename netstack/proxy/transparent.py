@@ -94,6 +94,8 @@ class Hellos:
     def is_new(self, hello: bytes | bytearray) -> bool:
         """Note one; False if it has been here already. Untrusted."""
         random = bytes(hello[_RANDOM])
+        if len(random) < _RANDOM.stop - _RANDOM.start:
+            return True  # cut off: it says nothing
         if random in self._randoms:
             return False
         self._randoms[random] = None

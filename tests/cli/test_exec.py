@@ -221,7 +221,7 @@ def test_a_file_that_cannot_be_executed(who: list[str], where: dict[str, str]) -
     ("line", "words"),
     (
         ("exec -- no-such-command", "no-such-command: no such program; give its path, or install it"),
-        ("exec -p 80:80 -- true", "-p 80:80: forwards come with a later version"),
+        ("exec -p 80:web -- true", "-p 80:web: "),
         ("exec --mtu 1 -- true", "--mtu 1 must be 1280 or more"),
         ("exec", "Missing argument"),
     ),

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import trio
 
 import netstack
 from netstack.control.api import make_app
@@ -101,6 +102,8 @@ async def test_what_cannot_be_is_refused_with_words_and_leaves_nothing(
         (b'"0:80"', "application/json", 400),
         (b'{"spec": NaN}', "application/json", 400),
         (b"\xff\xfe", "application/json", 400),
+        (b'{"spec": "0:80", "description": "\\ud800"}', "application/json", 400),  # half of a character, and the same
+        (b'{"spec": "0:80", "description": "\xed\xa0\x80"}', "application/json", 400),  # in bytes that are no UTF-8
         (b'{"spec": "0:80"}', "text/plain", 415),  # what a page in a browser may send without asking
         (b'{"spec": "0:80"}', "application/x-www-form-urlencoded", 415),
         (b'{"spec": "0:80"}', "", 415),
@@ -111,4 +114,19 @@ async def test_only_json_that_says_so_is_read(
 ) -> None:
     answer = await client.post("/v1/forwards", content=content, headers={"content-type": kind})
     assert answer.status_code == status
+    assert await listed(client) == []
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("netstack.control.bodies.BODY_SECONDS", 0.1)
+
+    async def begun() -> AsyncIterator[bytes]:
+        yield b'{"spec":'
+        await trio.sleep_forever()
+
+    with trio.fail_after(20):
+        answer = await client.post("/v1/forwards", content=begun(), headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()) == (408, {"error": "the body did not come within 0 seconds"})
     assert await listed(client) == []

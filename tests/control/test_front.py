@@ -269,3 +269,24 @@ async def test_junk_ends_nothing_but_its_connection(listener: ApiListener) -> No
         async with await dial(listener) as stream:
             await stream.send_all(head(listener, "GET /v1/status", "Connection: close"))
             assert (await read_all(stream)).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    "said",
+    (
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000040000000000"),
+        (
+            b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\n"
+            b"HTTP2-Settings: AAMAAABk\r\n\r\n"
+        ),
+        b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n",
+    ),
+)
+async def test_who_has_no_token_cannot_keep_a_place(said: bytes) -> None:
+    listener = listen_tcp("127.0.0.1", 0)
+    async with serving(listener), await dial(listener) as stream:
+        await stream.send_all(said)
+        with trio.fail_after(15):
+            answer = b"".join([bytes(chunk) async for chunk in stream])
+        assert answer.startswith(b"HTTP/1.1 ")
+        assert b" 101 " not in answer[:20]

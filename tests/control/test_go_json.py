@@ -71,7 +71,9 @@ def test_mistakes_in_gos_words(body: bytes, words: str) -> None:
         (b" null ", None),
         (b'{"a":[{},[],"x",-0.5e3,true]}}}', {"a": [{}, [], "x", -500.0, True]}),
         (b'"\xff"', "\ufffd"),
-        (b'"\\ud800"', "\ud800"),
+        (b'"\\ud800"', "\ufffd"),
+        (b'{"\\udc00a":"\\ud83d\\ude00"}', {"\ufffda": "\U0001f600"}),
+        (b"9" * 5000, float("inf")),
     ),
 )
 def test_the_first_value_is_read_and_no_more(body: bytes, value: object) -> None:

@@ -106,6 +106,28 @@ async def test_what_is_refused_leaves_no_port_open(api: netstack.Network, tmp_pa
     assert list(api.forwards) == []
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    (
+        ('{"local":' + "9" * 5000 + "}", "json: cannot unmarshal number into Go struct field ExposeRequest.local"),
+        (r'{"local":":1","remote":"1.2.3.4:80","protocol":"\ud800"}', "unknown protocol \ufffd"),
+        ('{"local":"/x","remote":"tcp://[x","protocol":"unix"}', "address [x: missing port in address"),
+        (r'{"local":"/x","remote":"tcp://a\u2100:80","protocol":"unix"}', "unix:/x:a\u2100:80: "),
+        (
+            '{"local":":0","remote":"192.168.9.9:' + "0" * 5000 + '80"}',
+            "[::]:0:192.168.9.9:80: 192.168.9.9 is no guest's",
+        ),
+        ('{"local":":' + "0" * 5000 + '80","remote":"192.168.9.9:80"}', "[::]:80:192.168.9.9:80: 192.168.9.9 is no"),
+    ),
+)
+async def test_what_only_python_trips_over_is_answered_too(
+    api: netstack.Network, tmp_path: Path, body: str, words: str
+) -> None:
+    _, answer = await exchange(tmp_path / "a", post("/services/forwarder/expose", body))
+    assert answer.decode().startswith(words)
+    assert list(api.forwards) == []
+
+
 async def test_names_that_were_added_are_answered_to_guests(api: netstack.Network, tmp_path: Path) -> None:
     zone = '{"Name":"crc.testing.","Records":[{"Name":"api","IP":"192.168.5.15"},{"Name":"api","IP":"1.1.1.1"}],'
     await exchange(tmp_path / "a", post("/services/dns/add", zone + '"DefaultIP":"192.168.5.16"}'))

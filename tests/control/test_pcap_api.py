@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import trio
+import trio.testing
 from dpkt import pcapng
 
 import netstack
@@ -95,6 +96,18 @@ async def test_frames_are_written_from_the_start_to_the_stop(api: Api, tmp_path:
     assert (await api.ask())["active"] is False
     assert (await api.post(action="start", file=str(second)))[0] == 200
     await api.say()
+
+
+async def test_a_capture_that_is_full_leaves_no_task_behind(api: Api, tmp_path: Path) -> None:
+    async def fill_and_count() -> int:
+        assert (await api.post(action="start", file=str(tmp_path / "x"), max_size=1))[0] == 200
+        assert api.network.capture is not None
+        api.network.capture.flush()
+        await trio.testing.wait_all_tasks_blocked()
+        return trio.lowlevel.current_statistics().tasks_living
+
+    first = await fill_and_count()
+    assert [await fill_and_count() for _ in range(3)] == [first] * 3
 
 
 @pytest.mark.parametrize(

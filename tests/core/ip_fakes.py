@@ -141,6 +141,9 @@ class FakeDatagramSocket:
     def is_closed(self) -> bool:
         return self._closed
 
+    def bound_port(self) -> int:
+        return self.fd  # any
+
     def send_to(self, payload: Buffer, address: bytes, port: int, ttl: int, dont_fragment: bool) -> None:
         assert not self._closed
         failure = self.failures.popleft() if self.failures else None

@@ -178,6 +178,21 @@ class TestWire:
         assert found[-1] is not None
         assert (found[-1].mac, found[-1].link) == (GUEST_MAC, wire.link)
 
+    def test_where_its_guest_is_there_is_an_address_that_no_interface_has(self) -> None:
+        wire = Wire()
+        second = bytes((198, 51, 100, 2))
+        wire.stack.addresses.borrowed.add(second)
+        wire.stack.neighbors.owner_of = lambda address: GUEST_MAC
+        found: list[Neighbor | None] = []
+        for link in (wire.link, wire.add_link("where it went without a word about that address")):
+            wire.stack.switch.learn(GUEST_MAC, link, wire.now)
+            wire.stack.neighbors.resolve(second, lambda neighbor, now: found.append(neighbor), wire.now)
+            neighbor = found[-1]
+            assert neighbor is not None
+            assert neighbor.link is link
+            assert wire.stack.neighbors.current(second, wire.now) is neighbor
+            wire.now += 1000.0
+
     def test_nobody_stands_for_the_hosts_router_before_that_guest(self) -> None:
         wire = Wire()
         wire.ask(HOST, ROUTER)

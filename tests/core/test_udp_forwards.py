@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from netstack.core.addresses import link_local
 from netstack.core.flows import Limits
 from netstack.core.forwards import FIRST_PORT
 from netstack.core.ports import READABLE, Caller, DatagramSocket, SocketError
@@ -15,13 +16,15 @@ from netstack.core.udp_callers import IDLE_UNANSWERED, UdpPort
 from netstack.core.udp_endpoint import write_packet
 from netstack.core.udp_forwards import UdpForward
 from netstack.wire.icmp import HOST_UNREACHABLE, PORT_UNREACHABLE, Problem, write_error
-from tests.core.ip_fakes import FakeDatagramSocket
+from tests.core.ip_fakes import FakeDatagramSocket, addresses
 from tests.fakes import FakeLink
 from tests.world import GATEWAY4, GATEWAY6, GUEST4, GUEST6, GUEST_MAC, OTHER_MAC, WORLD4, WORLD6, World
 
 LOOPBACK4 = bytes((127, 0, 0, 1))
 LOOPBACK6 = bytes(15) + b"\1"
 OTHER_GUEST4 = GUEST4[:3] + b"\x10"
+LINK_LOCAL6 = link_local(GUEST_MAC)
+GATEWAY_LINK_LOCAL6 = addresses().link_local
 PORT = 7000
 HOST_PORT = 9000
 
@@ -154,6 +157,8 @@ def bench() -> Bench:
         (LOOPBACK6, GUEST6, GATEWAY6),
         (bytes.fromhex("fe80") + bytes(13) + b"\7", GUEST6, GATEWAY6),
         (WORLD4, GUEST6, GATEWAY6),
+        (WORLD6, LINK_LOCAL6, GATEWAY_LINK_LOCAL6),  # from there it answers to its own wire alone
+        (LOOPBACK6, LINK_LOCAL6, GATEWAY_LINK_LOCAL6),
     ),
 )
 def test_the_guest_sees_a_caller_that_it_can_answer_and_else_the_gateway(
@@ -232,9 +237,9 @@ class TestWhoIsCalled:
 
     def test_when_nobody_answers_they_are_dropped_and_the_next_ones_ask_again(self, bench: Bench) -> None:
         bench.guest = OTHER_GUEST4
-        bench.call(someone(), b"1", b"2")
+        bench.call(someone(), *[b"a guest that comes in a minute does not want to know"] * 1000)
         bench.advance(bench.now + 10.0)
-        assert bench.drops["udp_forward_no_guest"] == 2
+        assert bench.drops["udp_forward_no_guest"] == 1000
         assert bench.forward.traffic().last_error == "nobody answers at 192.168.5.16"
         bench.take(bench.link)
         assert len(bench.call(someone(), b"3")) == 1
@@ -293,6 +298,17 @@ class TestWhoIsCalled:
         bench.link = bench.add_link("again")
         bench.arrive(GUEST4)
         assert len(bench.serve()) == 1
+
+    def test_nor_does_one_that_the_guest_has_left(self, bench: Bench) -> None:
+        [packet] = bench.call(someone(), b"hello")
+        bench.link.congested = True
+        assert bench.call(someone(), b"one more, and long enough") == []
+        bench.now += 1000.0
+        there = bench.add_link("there")
+        bench.answer(packet, b"here I am", link=there)
+        assert bench.sent(someone()) == [b"here I am"]
+        bench.serve()
+        assert [frame[42:] for frame in bench.take(there)] == [b"one more, and long enough"]
 
 
 class TestWhoAnswers:

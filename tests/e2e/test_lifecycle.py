@@ -158,7 +158,7 @@ def test_no_host_loopback(lab: Lab) -> None:
         guest = lab.kernel_guest()
         for gateway in (GATEWAY4, GATEWAY6):
             assert ping(guest, gateway).returncode == 0
-            found = guest.probe("connect", gateway, 80)
+            found = guest.probe("connect", gateway, 8080)
             assert found["error"] == "ENETUNREACH"
             assert found["seconds"] < 2
             # Linux keeps this ICMP error from a UDP socket that did not ask for it (IP_RECVERR).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,8 +11,12 @@ from dnslib import AAAA, CNAME, QTYPE, RR, A, DNSRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
+import netstack
+from netstack.control.log import Log
 from netstack.gateway import answered_names
 from netstack.gateway.answered_names import AnsweredNames
+from tests.fakes import FakeLink
+from tests.frames import udp_frame
 
 if TYPE_CHECKING:
     from netstack.core.ports import Datagram
@@ -88,3 +93,33 @@ def test_no_answer_raises(noise: bytes, at: int) -> None:
     message = answer("web.test", RR("web.test", QTYPE.A, rdata=A("203.0.113.1")))
     names.on_answer(datagram(), message[:at] + noise + message[at:])
     names.on_answer(datagram(), message[:at] + noise)
+
+
+async def test_who_wants_to_know_of_answers_hears_of_those_that_were_given_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What another guest has asked already is answered by the stack's short way, which would tell nobody."""
+    config = netstack.Config(network={"subnet": "192.168.5.0/24"}, dns={"source": "none"})
+    async with netstack.open_network(config, log=Log("error")) as network:
+        stack, link = network.stack, FakeLink()
+        stack.add_link(link, time.monotonic())
+        query = DNSRecord.question("gateway.netstack.internal")
+        known = bytes(query.reply().pack())
+        monkeypatch.setattr(network.dns.resolver, "remembered", lambda wire, guest: known)
+
+        def ask(number: int) -> bool:
+            """Whether it took the short way."""
+            where = GUESTS[number], network.addresses.gateway
+            frame = udp_frame(stack.mac, MACS[number], *where, (40000, 53), bytes(query.pack()))
+            before = stack.counters.frames_slow
+            stack.receive_frames(link, memoryview(frame), (0, len(frame)), time.monotonic())
+            return stack.counters.frames_slow == before
+
+        assert [ask(number) for number in (0, 1, 0, 1)] == [False, False, True, True]
+        heard: list[bytes] = []
+        network.dns.on_answer = lambda datagram, answer: heard.append(datagram.mac)
+        assert not ask(0)
+        assert not ask(1)
+        assert heard == list(MACS)
+        network.dns.on_answer = None
+        assert ask(1)

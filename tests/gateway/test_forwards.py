@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import resource
 import socket
+import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -95,6 +97,38 @@ async def test_a_forward_that_fails_leaves_nothing(network: netstack.Network, ta
     assert len(network.forwards) == 0
 
 
+async def test_a_guests_own_flow_gives_way_to_a_forward_of_its_port(network: netstack.Network) -> None:
+    """A server that has spoken first has the host's port of the same number for the source of what it sends."""
+    stack, now = network.stack, time.monotonic()
+    link = FakeLink()
+    stack.add_link(link, now)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+        peer.bind(("127.0.0.1", 0))
+        peer.settimeout(10)
+        there = network.addresses.gateway, peer.getsockname()[1]
+
+        def say(text: bytes, port: int) -> int:
+            guest = bytes((10, 98, 8, 15))
+            stack.udp.on_datagram(link, GUEST_MAC, guest, port, *there, memoryview(text), 0, len(text), 64, False, now)
+            stack.udp.flows[guest, port].finish_batch(now)
+            payload, sender = peer.recvfrom(100)
+            assert payload == text
+            return int(sender[1])
+
+        port = say(b"I am here", 0)  # which the kernel chose
+        number = next(number for number in range(port + 1, port + 100) if say(b"I am here", number) == number)
+        forward = await network.publish(f"{number}:10.98.8.15:{number}/udp")
+        assert say(b"and still", number) != number
+        forward.close()
+        flows = list(stack.udp.flows)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as foreign:
+            foreign.bind(("127.0.0.1", 0))
+            say(b"in vain", port_of(foreign))
+            with pytest.raises(ForwardError, match="the port is in use"):
+                await network.publish(f"{port_of(foreign)}:10.98.8.15:1/udp")
+        assert list(stack.udp.flows)[: len(flows)] == flows  # nobody gave way for nothing
+
+
 async def test_what_went_wrong_has_a_kind(network: netstack.Network, taken: socket.socket) -> None:
     port = port_of(taken)
     for spec, kind in (
@@ -111,7 +145,8 @@ async def test_what_went_wrong_has_a_kind(network: netstack.Network, taken: sock
         network.forwards.add("0:80", on_conflict="later")
 
 
-async def test_more_ports_than_there_are_files_for(network: netstack.Network) -> None:
+async def test_more_ports_than_there_are_files_for(network: netstack.Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "netstack.host.port_owner", None)  # an import would need a file, too
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     before = open_files()
     resource.setrlimit(resource.RLIMIT_NOFILE, (before + 20, hard))
@@ -303,3 +338,13 @@ def test_a_listener_without_descriptors_waits_a_second() -> None:
     listener.close()
     listener.close()
     assert not world.poller.handlers
+
+
+async def test_the_next_free_run_is_found_without_trying_every_one(network: netstack.Network) -> None:
+    with socket.create_server(("127.0.0.1", 23_200)), socket.create_server(("127.0.0.1", 23_450)):
+        began = time.monotonic()
+        forward = network.forwards.add("22901-23200:1-300", on_conflict="next")
+        assert time.monotonic() - began < 0.5  # one by one it takes more than a second, in which nobody is served
+        assert forward.spec.host_port == 23_451
+    forward.close()
+    assert len(network.forwards) == 0

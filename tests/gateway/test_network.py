@@ -5,19 +5,28 @@ from __future__ import annotations
 import errno
 import io
 import json
+import socket
+import sys
 import threading
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
 
 import netstack
 from netstack.control.log import Log
+from netstack.core.flows import flow_key
+from netstack.core.tcp import TcpFlow
 from netstack.core.udp import UdpFlow
+from netstack.gateway import local_names
 from netstack.host import state
+from netstack.wire.tcp import ACK, FIN
 from tests.dns.nameserver import open_nameserver
 from tests.fakes import FakeLink
+from tests.world import WORLD4
 
 MAC = bytes.fromhex("525400123456")
 SECONDS = 10.0  # a deadline, never a time that is waited
@@ -74,6 +83,32 @@ async def test_a_slow_disk_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.M
             while not where:  # noqa: ASYNC110 # filled by a thread
                 await trio.sleep(0.01)
         assert where[0] is not threading.main_thread()
+
+
+async def test_close_closes_what_waits_for_a_host_that_does_not_read(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        async with netstack.open_network(settings(tmp_path), log=Log("error")) as network:
+            link, now = FakeLink(), time.monotonic()
+            network.stack.add_link(link, now)
+            guest = bytes((10, 98, 7, 15))
+            key = flow_key(guest, 1, WORLD4, 2)
+            flow = TcpFlow(network.stack, link, MAC, key, guest, 1, WORLD4, 2, now)
+            ours, _theirs = map(stack.enter_context, socket.socketpair())
+            ours.setblocking(False)
+            flow.take_syn(0, 65535, 1460, None)
+            network.stack.flows.add(flow)
+            flow.open_from_guest(ours, connected=True, now=now)
+            with suppress(BlockingIOError):
+                while True:
+                    ours.send(bytes(65536))
+            flow.on_segment(1, flow.snd_nxt, ACK | FIN, 65535, memoryview(b"the rest"), 0, 8, now)
+            network.stack.end_round(now)
+            flow.finish_batch(now)
+            flow.let_go(now)
+            assert flow not in network.stack.flows
+            assert ours.fileno() >= 0
+        assert ours.fileno() < 0
+        assert network.stack.bytes_for_host == 0
 
 
 async def test_a_trouble_that_repeats_is_told_once(tmp_path: Path) -> None:
@@ -156,3 +191,12 @@ async def test_a_bug_in_a_datagram_flow_ends_that_flow(tmp_path: Path) -> None:
         network._on_crash(flow, RuntimeError("a bug"))
         assert flow.closed
         assert network.stack.counters.drops["internal_error"] == 1
+
+
+def test_what_is_imported_in_advance_may_fail_where_no_descriptors_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        raise OSError(errno.EMFILE, "Too many open files", name)
+
+    monkeypatch.delitem(sys.modules, "dnslib")
+    monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=find_spec)])
+    local_names._warm_up()

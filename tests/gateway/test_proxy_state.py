@@ -48,6 +48,15 @@ async def test_a_script_in_the_settings_is_run_and_ends_with_the_network(tmp_pat
 
 
 @pytest.mark.parametrize(
+    "host", ("127.1", "0.0.0.0", "::", "::127.0.0.1", "::ffff:0:1", "0.1.2.3", "224.0.0.1", "ff02::1", "fe80::1")
+)
+async def test_where_a_guest_may_not_go_no_proxy_goes_for_it(tmp_path: Path, host: str) -> None:
+    async with netstack.open_network(settings(tmp_path, all="127.0.0.1:1")) as network:
+        router = network.proxy.router
+        assert await router.choose("http", host, 80, "http://x/") == (DIRECT,)  # which is refused when it is dialled
+
+
+@pytest.mark.parametrize(
     "host",
     ("10.98.9.2", "10.98.9.77", "fd00:a62:9::2", "host.docker.internal", "HOST.lima.internal.", "vm.netstack.internal"),
 )

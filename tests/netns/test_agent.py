@@ -405,6 +405,9 @@ def test_a_guest_exposes_its_own_ports_and_nothing_else(rig: Rig) -> None:
                 theirs.sendall(b"hello")
                 assert ours.recv(5) == b"hello"
     assert expose(":8080", f"{own}:8080") == (500, "proxy already running for tcp on :8080\n")
+    # Another spelling of the same place is no other one: or a guest could have us remember as many as it likes.
+    taken = "listen tcp 127.0.0.1:8080: bind: address already in use\n"
+    assert [expose(f"{spelling}:8080", ":8080") for spelling in ("a", "b")] == [(500, taken)] * 2
     assert expose("0.0.0.0:5000", f"{own}:5000", "udp") == (200, "")
     everything = [
         {"local": "0.0.0.0:5000", "remote": f"{own}:5000", "protocol": "udp"},
@@ -414,6 +417,9 @@ def test_a_guest_exposes_its_own_ports_and_nothing_else(rig: Rig) -> None:
     assert (status, json.loads(text)) == (200, everything)
     assert json.loads(rig.ask(rig.other, "GET", "/services/forwarder/all")[1]) == []
     before = rig.forwards()
+    with listen(rig.world.host, "127.0.0.1", 8095):  # a process that the guest is not told of
+        taken = "listen tcp 127.0.0.1:8095: bind: address already in use\n"
+        assert expose(":8095", ":8095") == (500, taken)
     refused = [
         expose(":8090", f"{other}:22"),
         expose(":8090", f"{GATEWAY4}:22"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -118,20 +119,43 @@ async def test_a_script_that_kills_its_worker_again_and_again_is_left_alone(monk
 
 
 async def test_a_lookup_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pac, "TOTAL", 0.3)
-    before = children()
     runner = Runner(HOSTILE, hang)
+    assert await runner.find("good") == (PROXY,)
+    monkeypatch.setattr(pac, "TOTAL", 0.3)
     with trio.fail_after(10):
         assert await runner.find("slow") is None
     assert "no answer after" in runner.problems[0]
-    assert children() == before
+    assert runner.counters["pac_killed"] == 0  # it is not the script's fault
+    await runner.aclose()
+
+
+async def test_slow_names_of_one_guest_hold_up_no_other(nursery: trio.Nursery) -> None:
+    runner = Runner(HOSTILE, hang)
+    assert await runner.find("good") == (PROXY,)
+    for _ in range(10 * pac.WORKERS):
+        nursery.start_soon(runner.find, "slow")
+    with trio.fail_after(5):
+        while runner.counters["pac_evaluations"] <= 10 * pac.WORKERS:
+            await trio.lowlevel.checkpoint()
+        assert await runner.find("good") == (PROXY,)
+    nursery.cancel_scope.cancel()
+    with trio.CancelScope(shield=True):
+        await runner.aclose()
+
+
+async def test_a_script_that_asks_for_ever_new_names_is_not_run_for_ever() -> None:
+    runner = Runner("function FindProxyForURL() { dnsResolve(Math.random() + '.test'); return 'PROXY a:1'; }")
+    with trio.fail_after(5):
+        assert await runner.find("x") is None
+    assert "asks for other names" in runner.problems[0]
+    await runner.aclose()
 
 
 async def test_a_request_that_is_given_up_takes_its_worker_with_it() -> None:
     before = children()
-    runner = Runner(HOSTILE, hang)
+    runner = Runner(HOSTILE)
     with trio.move_on_after(0.3):
-        await runner.find("slow")
+        await runner.find("loop")
     assert children() == before
     assert await runner.find("good") == (PROXY,)
     await runner.aclose()
@@ -242,6 +266,7 @@ async def test_scripts_are_fetched_directly(server: Server, monkeypatch: pytest.
         (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "the answer is 404"),
         (ok("<html>Please log in</html>"), "there is no FindProxyForURL in it"),
         (ok(SCRIPT + "/" * (1 << 20)), "longer than a megabyte"),
+        (ok(gzip.compress(gzip.compress(bytes(1 << 20))), "Content-Encoding: gzip, gzip"), "the answer is compressed"),
         (b"garbage\r\n\r\n", "RemoteProtocolError"),
         (b"", "RemoteProtocolError"),
         (b"HTTP/1.1 302 Found\r\nLocation: /p.pac\r\nContent-Length: 0\r\n\r\n", "TooManyRedirects"),

@@ -158,6 +158,8 @@ def test_every_form_of_loopback(host: str, is_it: bool) -> None:
 def test_urls_are_shown_without_what_may_be_secret() -> None:
     assert redact_url("https://u:p@h.test:1/a/b.pac?token=x#y") == "https://h.test:1/a/b.pac"
     assert redact_url("data:text/plain,secret") == "data:..."
+    for text in ("http://u:a/hunter2@h.test/p", "u:hunter2@h.test/p", "//u:hunter2@h.test/p", "http:/u:hunter2@h.test"):
+        assert "hunter2" not in redact_url(text)  # no URLs, but what people write
     assert redact_url("/etc/proxy.pac") == "/etc/proxy.pac"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -205,6 +207,40 @@ def test_a_limit_ends_the_capture_below_it(tmp_path: Path) -> None:
     assert 100_000 < path.stat().st_size <= 200_000
     assert warnings == [f"{path} has reached its limit of 200000 bytes: the capture ends here"]
     assert len(blocks(path)) > 60
+
+
+def test_a_fifo_is_written_as_fast_as_it_is_read_and_never_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    warnings: list[str] = []
+    capture = Capture(path, on_warning=warnings.append)
+    link = capture.add_link("x")
+    frame, got = bytes(1500), b""
+    try:
+        for _ in range(2000):  # 3 MB: more than a pipe holds, and less than the reader may be behind
+            capture.frame(link, frame, to_guest=True)
+        while capture.size > len(got):
+            with contextlib.suppress(BlockingIOError):
+                got += os.read(reader, 1 << 20)
+            capture.flush()
+        (tmp_path / "copy").write_bytes(got)
+        assert len(blocks(tmp_path / "copy")) == 2002
+        for _ in range(10_000):
+            capture.frame(link, frame, to_guest=True)
+    finally:
+        os.close(reader)
+    assert not capture.is_open
+    assert warnings == [f"{path}: who reads it is too slow: the capture ends here, the network goes on"]
+
+
+def test_a_file_that_was_there_becomes_its_owners_only(tmp_path: Path) -> None:
+    path = tmp_path / "a.pcapng"
+    path.write_bytes(b"x" * 1000)
+    path.chmod(0o666)
+    Capture(path).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.stat().st_size < 1000
 
 
 def test_what_cannot_be_opened_says_so(tmp_path: Path) -> None:
