@@ -118,7 +118,10 @@ def find_api(api: str | None, token_file: str | None) -> tuple[ApiSpec, dict[str
         return spec, {}
     place = Path(token_file) if token_file else runtime_directory() / f"api-{spec.port}.token"
     try:
-        return spec, {"authorization": f"Bearer {place.read_text().strip()}"}
+        token = place.read_text().strip()
+        if not (token.isascii() and token.isprintable() and token):
+            raise ValueError("no token")
+        return spec, {"authorization": f"Bearer {token}"}
     except (OSError, ValueError) as error:  # ValueError: no text at all
         words = one_line(error) if isinstance(error, OSError) else f"{place} holds no token"
         raise InputError(f"{words}: name the API's token with --token-file") from None

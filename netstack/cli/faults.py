@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 EXIT_FAILURE = 1  # it failed while running
 EXIT_BAD_INPUT = 2  # a flag, a file or an address that cannot be used
@@ -29,6 +33,12 @@ def say(line: str) -> None:
         sys.stderr.flush()
     except (AttributeError, OSError, ValueError):  # AttributeError: there never was one (sys.stderr is None)
         pass
+
+
+def check_choice(flag: str, value: str, among: Collection[str]) -> None:
+    """Refuse what a flag cannot be, before anybody is asked. Raises InputError."""
+    if value not in among:
+        raise InputError(f"{flag} {value}: must be one of {', '.join(among)}")
 
 
 def one_line(error: BaseException) -> str:

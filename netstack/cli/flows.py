@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from netstack.cli.client import NOT_OURS, ApiOption, JsonOption, TokenFileOption, api_client
-from netstack.cli.faults import CommandError
+from netstack.cli.faults import CommandError, check_choice
 from netstack.cli.output import human_bytes, human_seconds, print_json, print_lines, print_table
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -27,6 +27,7 @@ def flows(
     if guest is not None:
         asked["guest"] = guest
     if protocol is not None:
+        check_choice("--protocol", protocol, ("tcp", "udp", "icmp"))
         asked["protocol"] = protocol
     with api_client(api, token_file) as ask:
         found = ask("/v1/flows", parameters=asked)

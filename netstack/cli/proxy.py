@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from netstack.cli.client import ask_api
-from netstack.cli.faults import CommandError
+from netstack.cli.faults import CommandError, check_choice
 from netstack.cli.output import print_json, print_lines, print_table, printable
 
 if TYPE_CHECKING:
@@ -90,6 +90,9 @@ def env(
     token_file: TokenFile = None,
 ) -> None:
     """Print the proxy settings for a guest, as shell lines or as a program's configuration file."""
+    from netstack.proxy.handout import FORMATS
+
+    check_choice("--format", form, FORMATS)
     found = ask_api("/v1/proxy/env", api, token_file, format=form)
     text = found.get("text")
     if not isinstance(text, str):

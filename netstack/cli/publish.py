@@ -8,7 +8,7 @@ from urllib.parse import quote
 import typer
 
 from netstack.cli.client import ask_api
-from netstack.cli.faults import CommandError
+from netstack.cli.faults import CommandError, check_choice
 from netstack.cli.output import human_bytes, print_json, print_lines, print_table, printable
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ def add(
     """Open a forward, and print its SPEC with the port that it got."""
     from netstack.config import parse_forward
 
+    check_choice("--on-conflict", on_conflict, ("error", "next", "loopback"))
+    check_choice("--source", source, ("caller", "gateway"))
     wanted = {"spec": str(parse_forward(spec)), "on_conflict": on_conflict, "source": source}
     made = ask_api(PATH, api, token_file, post=wanted | ({"description": description} if description else {}))
     if as_json:

@@ -56,22 +56,26 @@ def top(
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each picture.")] = False,
 ) -> None:
     """Show what is going on, live: guests, rates, flows, DNS and drops."""
+    told: list[int] = []
 
     def stop(number: int, frame: object) -> None:
+        # An exception alone may get lost: what is raised while an object is being finalised is not passed on.
+        told.append(number)
         raise KeyboardInterrupt
 
+    signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
         with api_client(api, token_file) as ask, _screen(as_json) as show:
             sampler = Sampler()
             shown = 0
-            while True:
+            while not told:
                 try:
                     show(sampler.sample(ask("/v1/status"), time.monotonic()))
                 except (AttributeError, KeyError, TypeError, ValueError):
                     raise CommandError(NOT_OURS) from None
                 shown += 1
-                if shown == count:
+                if shown == count or told:
                     return
                 time.sleep(interval)
     except (KeyboardInterrupt, BrokenPipeError):

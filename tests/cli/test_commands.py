@@ -137,6 +137,16 @@ def test_a_user_without_a_home_is_told_what_to_do(
     assert "set HOME or XDG_STATE_HOME, or give --state-dir" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", (b"", b"\n", b"two\nlines", "schlüssel".encode()))
+def test_a_token_file_without_a_token_is_one_line(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(content)
+    assert main(["status", "--api", "tcp://127.0.0.1:9", "--token-file", str(file)]) == 2
+    assert capsys.readouterr().err == f"netstack: {file} holds no token: name the API's token with --token-file\n"
+
+
 def test_a_token_file_that_is_no_text_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "token"
     file.write_bytes(b"\xff\xfe")

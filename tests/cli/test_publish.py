@@ -89,8 +89,8 @@ def test_a_port_in_use(running: Running, taken: int) -> None:
     (
         (("add", "80"), 2, "80: which port of the host?"),
         (("add", "80:10.0.0.1:80"), 2, "10.0.0.1 is no guest's address in 10.98.9.0/24"),
-        (("add", "0:80", "--on-conflict", "later"), 2, "on_conflict"),
-        (("add", "0:80", "--source", "me"), 2, "source"),
+        (("add", "0:80", "--on-conflict", "later"), 2, "--on-conflict later: must be one of error, next, loopback"),
+        (("add", "0:80", "--source", "me"), 2, "--source me: must be one of caller, gateway"),
         (("rm", "f999"), 1, "there is no forward f999; netstack publish ls shows them"),
     ),
 )

@@ -153,5 +153,5 @@ def test_leases_and_flows_are_shown(place: Path) -> None:
     assert netstack(place, "flows").stdout == "Flows: none\nof 0 TCP, 0 UDP and 0 ICMP flows in all\n"
     assert json.loads(netstack(place, "flows", "--json", "--protocol", "udp").stdout)["list"] == []
     done = netstack(place, "flows", "--protocol", "sctp")
-    assert (done.returncode, done.stderr) == (2, "netstack: protocol: must be one of tcp, udp, icmp\n")
+    assert (done.returncode, done.stderr) == (2, "netstack: --protocol sctp: must be one of tcp, udp, icmp\n")
     assert netstack(place, "flows", "--limit", "-1").returncode == 2
