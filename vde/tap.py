@@ -56,6 +56,8 @@ TUN_F_TSO6 = 0x04
 TUN_F_USO4 = 0x20  # both since Linux 6.2
 TUN_F_USO6 = 0x40
 SIOCGIFHWADDR = 0x8927
+SIOCSIFHWADDR = 0x8924
+ARPHRD_ETHER = 1
 
 # struct ifreq: the name, then a union of 24 bytes
 _IFREQ_FLAGS = struct.Struct("16sH22x")
@@ -100,6 +102,11 @@ def mac_of(fd: int) -> bytes:
     """The MAC of a tap's device, which is the guest's."""
     kind_and_mac: tuple[int, bytes] = _IFREQ_HWADDR.unpack(fcntl.ioctl(fd, SIOCGIFHWADDR, bytes(40)))
     return kind_and_mac[1]
+
+
+def set_mac(fd: int, mac: bytes) -> None:
+    """Give a tap's device this MAC (tun_chr_ioctl; whoever has the descriptor may). Raises OSError."""
+    fcntl.ioctl(fd, SIOCSIFHWADDR, _IFREQ_HWADDR.pack(ARPHRD_ETHER, mac))
 
 
 class TapLink(BaseLink):

@@ -6,12 +6,14 @@ that something else stands there or nothing. A namespace at a path may come back
 does; it is looked for every second. Numbers of processes are used again, so a process that ended is not looked for.
 
 A device that is deleted inside a namespace that lives on is made again, as a machine's network card would be there
-again after a restart.
+again after a restart. It has the same MAC then, and with it the same addresses; that of a namespace at a path is the
+same after a restart of netstack, too.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 from typing import Protocol
@@ -20,9 +22,12 @@ import trio
 
 from netstack.vde.attachment import Attachment, LinkFactory
 from netstack.vde.namespace import NamespaceError, make_tap, open_namespace
-from netstack.vde.tap import TapLink
+from netstack.vde.tap import TapLink, set_mac
 
 _LOOK = 1.0
+
+# Locally administered, and one station's: the two low bits of the first byte are 10 (IEEE 802). The gateway's is 52:55.
+_MAC_PREFIX = b"\x52\x56"
 
 
 class TapFactory(LinkFactory, Protocol):
@@ -43,6 +48,8 @@ class TapDevice(Attachment):
         self._path = path
         self._pid = pid
         self._watched = -1  # a pidfd
+        # Numbers of processes tell nothing about who they are.
+        self._mac = _MAC_PREFIX + (hashlib.sha256(uri.encode()).digest()[:4] if path else os.urandom(4))
         self._identity: tuple[int, int] | None = None
         self._gone = trio.Event()
 
@@ -90,6 +97,7 @@ class TapDevice(Attachment):
         finally:
             os.close(namespace)
         try:
+            set_mac(fd, self._mac)
             link = self._taps.tap(self._name(), fd)
         except BaseException:
             os.close(fd)

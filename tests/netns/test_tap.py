@@ -152,15 +152,30 @@ def test_a_device_that_was_deleted_is_made_again(net: Net) -> None:
     with contextlib.ExitStack() as stack:
         guest = stack.enter_context(Namespace("guest", inside=net.host))
         own = stack.enter_context(run_behind(net, guest, f"tap://tap0?netns={guest.pid}"))
+        macs = set()
         for _ in range(2):
             wait_until(lambda: "tap0" in guest.ip("link"), "the tap")
+            macs.add(guest.ip("-o", "link", "show", "tap0").partition("link/ether ")[2][:17])
             guest.add_address("tap0", "192.168.5.30/24")
             wait_until(lambda: own.status()["links"][0]["connected"], "the link")
             with datagrams(guest, "192.168.5.30") as sock:
                 ask_for_a_name(sock)
             guest.ip("link", "del", "tap0")
+        assert len(macs) == 1
         assert own.process is not None
         assert own.process.poll() is None
+
+
+def test_a_guest_at_a_path_has_the_same_card_after_a_restart(net: Net) -> None:
+    """Or its address would be another one each time."""
+    with Namespace("guest", inside=net.host) as guest:
+        macs = []
+        for _ in range(2):
+            with run_behind(net, guest, f"tap://tap0?netns={guest.path}"):
+                wait_until(lambda: "tap0" in guest.ip("link"), "the tap")
+                macs.append(guest.ip("-o", "link", "show", "tap0").partition("link/ether ")[2][:17])
+        assert macs[0] == macs[1]
+        assert macs[0].startswith("52:56:")
 
 
 def test_the_link_ends_with_its_process_and_the_name_comes_free(net: Net) -> None:
