@@ -30,13 +30,19 @@ def _parse_proxy(value: object) -> object:
         return value
     if not isinstance(value, str):
         raise ValueError("must be a URL such as http://proxy.example:8080")  # noqa: TRY004 # pydantic takes this one
-    return parse_server(value) if value.strip() else ""
+    return _check_server(parse_server(value)) if value.strip() else ""
 
 
 def _parse_socks(value: object) -> object:
     if isinstance(value, str) and value.strip() and "://" not in value:
-        return parse_server(value, "socks5")
+        return _check_server(parse_server(value, "socks5"))
     return _parse_proxy(value)
+
+
+def _check_server(server: ProxyServer) -> ProxyServer:
+    if server.problem:
+        raise ProxySyntaxError(server.problem)
+    return server
 
 
 def _parse_list(value: object) -> object:

@@ -158,9 +158,13 @@ class LayerWriter:
             self.servers[key] = None
             return
         try:
-            self.servers[key] = parse_server(text, default, port)
+            server = self.servers[key] = parse_server(text, default, port)
         except ProxySyntaxError as error:
             self.problems.append(f"{where} {error}")
+        else:
+            if server.problem:
+                # It stands nevertheless: requests fail and say why, rather than go direct.
+                self.problems.append(f"{where} {server.problem}")
 
     def layer(self) -> Layer:
         """All of it."""

@@ -16,12 +16,17 @@ Messages are lines of JSON on standard input and output; the network's process i
                                                        {"error": "...", "spent": whether memory ran out}
 
 The end of standard input is the end of the process.
+
+An error's words are the script's own, and go into the log. A script may throw the URL it was given, or a part of it,
+and a guest's URL may hold tokens: so of each URL in these words only scheme and host are left, and what the path and
+query of the URL in hand are made of is taken out wherever it stands (`redact`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import resource
 import signal
 import sys
@@ -33,6 +38,8 @@ STACK = 512 << 10
 CPU_SECONDS = 1.0
 MAX_LOOKUPS = 20  # for one evaluation: Chromium's limit (proxy_resolver_v8_tracing)
 MAX_ERROR = 300
+_MAX_RAW_ERROR = 8192  # as much of an error as is looked at: some three of the longest URLs
+_MIN_PART = 4  # parts of a path that are shorter are left: words have them by chance, and no token is so short
 _NO_MEMORY = "out of memory"
 
 
@@ -79,8 +86,7 @@ class _Engine:
                 self._context.eval(f"__addresses = {json.dumps(addresses)}")
                 result = self._context.get("__find")(url, host)
         except Exception as error:
-            words = _words(error)
-            return {"error": words, "spent": _NO_MEMORY in words}
+            return {"error": _words(error, url), "spent": _NO_MEMORY in _words(error)}
         return {"result": result if isinstance(result, str) else None}
 
     def _resolve(self, name: str) -> str:
@@ -128,11 +134,33 @@ def _send(message: dict[str, Any]) -> None:
     sys.stdout.buffer.flush()
 
 
-def _words(error: Exception) -> str:
-    """What is wrong, and where: the engine's first two lines, without the whole stack."""
-    words = " ".join(" ".join(str(error).splitlines()[:2]).split())[:MAX_ERROR]
-    # With no memory left for an Error, the engine throws null.
-    return _NO_MEMORY if words == "null" else words or type(error).__name__
+def redact(words: str, url: str) -> str:
+    """The words without what stands behind scheme and host in URLs, and without the parts of this one. Untrusted."""
+    from urllib.parse import unquote  # a few ms, which most workers never need
+
+    tail = "".join(re.split(r"[/?#]", url.partition("://")[2], maxsplit=1)[1:])
+    parts = {tail, *re.split(r"[/?#&=;,+]", tail)}
+    parts |= {unquote(part) for part in parts}
+    words = _URL.sub(lambda found: found[1] + found[3] + ("/..." if found[4].strip("/") else ""), words)
+    known = sorted((part for part in parts if len(part) >= _MIN_PART), key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, known)), "...", words, flags=re.IGNORECASE) if known else words
+
+
+# Scheme, userinfo, host and port, and the rest as far as the next space: a path may hold nearly all other signs. Once
+# more with what encodeURIComponent() makes of "://", "/" and "@".
+_URL = re.compile(
+    r"([a-z][a-z0-9+.-]{0,30}(?:://|%3a%2f%2f))((?:[^\s/?#%]|%(?!2f|3f|23|40))*(?:@|%40))?([a-z0-9._:\[\]-]*)(\S*)",
+    re.IGNORECASE,
+)
+
+
+def _words(error: Exception, url: str = "") -> str:
+    """What is wrong, and where: the engine's first two lines, without the whole stack, and nothing of a guest's."""
+    text = str(error)[:_MAX_RAW_ERROR]
+    if text.strip() == "null":  # with no memory left for an Error, the engine throws null
+        return _NO_MEMORY
+    lines = redact(text, url).splitlines()[:2]
+    return " ".join(" ".join(lines).split())[:MAX_ERROR] or type(error).__name__
 
 
 if __name__ == "__main__":

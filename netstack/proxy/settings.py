@@ -92,6 +92,21 @@ class ProxyServer:
         """The same proxy, told who asks."""
         return replace(self, username=credentials.username, password=credentials.password)
 
+    @property
+    def problem(self) -> str:
+        """Why its credentials cannot be sent; empty where they can. To a SOCKS proxy python-socks sends ASCII only.
+
+        RFC 1929 2 has bytes, 255 at most, and names no character set: what others make of ü is anybody's guess.
+        """
+        if not self.scheme.startswith("socks"):
+            return ""
+        for what, text in (("user", self.username), ("password", self.password)):
+            if text and not text.isascii():
+                return f"has a letter in its {what} that is not ASCII, which SOCKS cannot send; take one without"
+            if text and len(text) > 255:
+                return f"has a {what} of more than 255 characters, which SOCKS cannot send"
+        return ""
+
     def __str__(self) -> str:
         return f"{self.scheme}://{'***@' if self.has_credentials else ''}{self.authority}"
 

@@ -306,6 +306,8 @@ class Connector:
         from python_socks import ProxyError, ProxyType
         from python_socks.async_.trio import Proxy
 
+        if server.problem:
+            raise RouteError(502, "proxy_configuration_error", f"the proxy {server} {server.problem}")
         kind = ProxyType.SOCKS4 if server.scheme == "socks4" else ProxyType.SOCKS5
         try:
             with trio.fail_after(TUNNEL_TIMEOUT):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from tests.lab.namespaces import Namespace
 
@@ -40,10 +40,12 @@ class Netstack:
         arguments: Sequence[str] = (),
         state: Path | None = None,
         pass_fds: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Prepare one with the link URIs `links`.
 
-        `state`: the folder of its leases, if they are to outlive it; `pass_fds`: descriptors for its fd:// links.
+        `state`: the folder of its leases, if they are to outlive it; `pass_fds`: descriptors for its fd:// links;
+        `environment`: variables besides ours.
 
         `folder` takes its log and its sockets: keep its path short, a socket's path has 107 bytes at most. Without a
         namespace it runs where the caller does.
@@ -55,6 +57,7 @@ class Netstack:
         self.ready_after = 0.0
         self._namespace = namespace
         self._pass_fds = list(pass_fds)
+        self._environment = dict(environment or {})
         self._command = [
             *(
                 sys.executable,
@@ -78,6 +81,7 @@ class Netstack:
         environment["XDG_RUNTIME_DIR"] = environment["XDG_STATE_HOME"] = environment["XDG_CONFIG_HOME"] = str(
             self.folder
         )
+        environment |= self._environment
         reader, writer = os.pipe()
         command = [*self._command, "--ready-fd", str(writer)]
         if self._namespace is not None:

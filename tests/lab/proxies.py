@@ -1,13 +1,15 @@
-"""Real proxies for tests: squid (with Basic authentication), tinyproxy, microsocks; and a web server with TLS.
+"""Real proxies for tests: squid, tinyproxy, microsocks, proxy.py; and a web server with TLS.
 
-The programs are Debian's, installed or unpacked into .cache/proxies (scripts/setup-debian.sh), because installed they
-would start with the machine. Each runs in a namespace, in the foreground, with files in a folder of its own.
+The first three are Debian's, installed or unpacked into .cache/proxies (scripts/setup-debian.sh), because installed
+they would start with the machine. proxy.py is PyPI's, and the one that speaks TLS with who asks it. Each runs in a
+namespace, in the foreground, with files in a folder of its own.
 
-Sources: squid.conf(5) of 5.7, tinyproxy.conf(5) of 1.11, microsocks(1).
+Sources: squid.conf(5) of 5.7, tinyproxy.conf(5) of 1.11, microsocks(1), `proxy --help` of 2.4.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -197,6 +199,51 @@ class Microsocks(Daemon):
     def command(self) -> list[str | Path]:
         user, password = self._credentials
         return [self._program, "-i", self.address, "-p", str(self.port), "-u", user, "-P", password]
+
+
+class ProxyPy(Daemon):
+    """proxy.py, which wants `credentials` ("user:password"), and speaks TLS where it has got a certificate."""
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        folder: Path,
+        address: str,
+        port: int,
+        *,
+        credentials: str,
+        certificate: trustme.LeafCert | None = None,
+    ) -> None:
+        super().__init__(namespace, folder, "proxy.py")
+        self.address = address
+        self.port = port
+        self._credentials = credentials
+        self._certificate = certificate
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "output").read_text()
+
+    def command(self) -> list[str | Path]:
+        words: list[str | Path] = []
+        if self._certificate is not None:
+            key, chain = self.folder / "key.pem", self.folder / "chain.pem"
+            self._certificate.private_key_pem.write_to_path(key)
+            chain.write_bytes(b"".join(part.bytes() for part in self._certificate.cert_chain_pems))
+            words = ["--key-file", key, "--cert-file", chain]
+        return [
+            *("env", f"HOME={self.folder}"),  # where it makes a folder
+            *(sys.executable, "-I", "-m", "proxy", "--hostname", self.address, "--port", str(self.port)),
+            *("--num-acceptors", "1", "--basic-auth", self._credentials, *words),
+        ]
+
+    def stop(self) -> None:
+        """Ask it to end, since it has processes of its own to end."""
+        if self.process is not None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
+        super().stop()
 
 
 SERVER = """

@@ -1,6 +1,6 @@
 """The gateway's proxy with everything real: Linux as the guest, curl, wget and apt in it, the host's proxies, TLS.
 
-    guest (a namespace behind a tap)  --netstack-->  host: squid, tinyproxy, microsocks on the host's own loopback
+    guest (a namespace behind a tap)  --netstack-->  host: squid, tinyproxy, microsocks, proxy.py on its loopback
                                                      far:  web.test, 203.0.113.1, ports 80 and 443
 
 The host's settings are the `[proxy]` table, and change by SIGHUP while netstack runs.
@@ -12,120 +12,34 @@ import contextlib
 import hashlib
 import json
 import select
-import signal
 import socket
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
+import trustme
 
-from tests.lab.namespaces import FAR4, FAR6, TapNamespace, World, wait_until
-from tests.lab.netstack import Netstack
-from tests.lab.proxies import Microsocks, Squid, Tinyproxy, Web
+from tests.lab.namespaces import FAR4, FAR6, wait_until
+from tests.lab.proxies import Microsocks, ProxyPy, Tinyproxy
 from tests.netns.net import (
     GATEWAY4,
     GATEWAY6,
     PATIENCE,
     address4_of,
-    address6_of,
     connect,
     datagrams,
     listen,
-    mac_of,
     port_of,
     receive_all,
     reset,
 )
+from tests.netns.proxy_lab import PROXY, SECRET, SQUID, Lab
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = [pytest.mark.needs("root", "netns", "ip", "tun", "curl"), pytest.mark.slow]
-
-SECRET = "gEhe1m"
-PROXY = f"http://{GATEWAY4}:3128"
-NAMES = {"web.test": FAR4, "blocked.test": FAR4, "other.test": FAR4}
-SQUID = f'http = "http://user:{SECRET}@127.0.0.1:8080"\nhttps = "http://user:{SECRET}@127.0.0.1:8080"\n'
-
-
-class Lab:
-    """A netstack, a guest, and what is around them."""
-
-    def __init__(self, stack: contextlib.ExitStack, *arguments: str) -> None:
-        self.world = stack.enter_context(World())
-        self.world.check_isolation()
-        self.folder: Path = self.world.folder
-        self.config = self.folder / "netstack.toml"
-        self._proxy = ""
-        self._write("")
-        link = self.folder / "qemu.sock"
-        self.netstack = stack.enter_context(
-            Netstack(
-                self.world.host,
-                self.folder / "n",
-                links=[f"unix://{link}"],
-                arguments=["-c", str(self.config), "--log-level", "debug", *arguments],
-            )
-        )
-        self.guest = stack.enter_context(TapNamespace(link, inside=self.world.host, mac=mac_of(0)))
-        self.guest.set_addresses(f"{address4_of(0)}/24", f"{address6_of(0)}/64", gateways=(GATEWAY4, GATEWAY6))
-        resolv_conf = self.folder / "guest-resolv.conf"
-        resolv_conf.write_text("nameserver 192.168.5.3\n")
-        self.guest.bind_file("/etc/resolv.conf", resolv_conf)
-        self.web = stack.enter_context(Web(self.world.far, self.folder / "web", FAR4, *NAMES))
-        host = self.world.host
-        self.squid = stack.enter_context(
-            Squid(host, self.folder / "s", "127.0.0.1", 8080, names=NAMES, credentials=f"user:{SECRET}")
-        )
-
-    def _write(self, proxy: str) -> None:
-        hosts = "".join(f'"{name}" = "{address}"\n' for name, address in NAMES.items())
-        self.config.write_text(
-            f'[dns]\nsource = "none"\nmdns = false\n[dns.hosts]\n{hosts}\n[proxy]\nsources = ["settings"]\n{proxy}'
-        )
-
-    def set_proxy(self, proxy: str) -> None:
-        """The host's settings are these from now on."""
-        if proxy == self._proxy:
-            return
-        self._proxy = proxy
-        self._write(proxy)
-        before = self.netstack.log.count("settings read again")
-        assert self.netstack.process is not None
-        self.netstack.process.send_signal(signal.SIGHUP)
-        wait_until(
-            lambda: self.netstack.log.count("settings read again") > before,
-            "netstack has read its configuration again",
-        )
-
-    def curl(self, *words: str | Path, check: bool = True) -> Any:
-        """curl in the guest, which knows the web server's authority."""
-        return self.guest.run(
-            "curl", "--silent", "--show-error", "--max-time", "20", "--cacert", self.web.authority, *words, check=check
-        )
-
-    def ask(self, *words: str | Path) -> dict[str, Any]:
-        """What the web server says that it was asked."""
-        found: dict[str, Any] = json.loads(self.curl(*words).stdout)
-        return found
-
-    def server(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.netstack.get("/v1/proxy")["server"]
-        return found
-
-    def count(self, name: str) -> int:
-        return int(self.server()["counters"].get(name, 0))
-
-    def tunnel(self, place: str) -> socket.socket:
-        """A tunnel that is open, from the guest."""
-        sock = connect(self.guest, GATEWAY4, 3128)
-        sock.sendall(f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n\r\n".encode())
-        answer = b""
-        while not answer.endswith(b"\r\n\r\n"):
-            answer += sock.recv(1)
-        assert b" 200 " in answer, answer
-        return sock
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +175,67 @@ def test_other_proxies_take_over_when_the_settings_change(lab: Lab, kind: str) -
     open_before.sendall(b"GET /old HTTP/1.1\r\nHost: web.test\r\nConnection: close\r\n\r\n")
     assert b'"path": "/old"' in receive_all(open_before)
     open_before.close()
+
+
+@pytest.mark.parametrize("scheme", ("http", "https"))
+def test_proxy_py_is_asked_with_the_hosts_credentials_in_tls_or_not(lab: Lab, scheme: str) -> None:
+    certificate = lab.authority.issue_cert("127.0.0.1") if scheme == "https" else None
+    credentials = f"user:{SECRET}"
+    with ProxyPy(
+        *(lab.world.host, lab.folder / f"py-{scheme}", "127.0.0.1", 8083),
+        credentials=credentials,
+        certificate=certificate,
+    ) as daemon:
+        # It asks the system's resolver, which knows no name here.
+        plain, secure = f"http://{FAR4}", f"https://{FAR4}"
+        set_both(lab, f"{scheme}://{credentials}@127.0.0.1:8083")
+        headers = lab.ask("--proxy", PROXY, f"{plain}/x")["headers"]
+        assert "proxy.py" in str(headers) and "proxy-authorization" not in str(headers).lower()
+        assert lab.ask("--proxy", PROXY, f"{secure}/y")["path"] == "/y"
+        wait_until(lambda: f"CONNECT {FAR4}:443" in daemon.log, "the proxy tells of the tunnel")
+        assert lab.ask(f"{secure}/z")["path"] == "/z"  # by a guest that knows of none
+        for url in (plain, secure):
+            size = lab.curl("--proxy", PROXY, "-o", "/dev/null", "-w", "%{size_download}", f"{url}/bytes/3000000")
+            assert size.stdout == "3000000"
+
+        set_both(lab, f"{scheme}://user:Falsch9@127.0.0.1:8083")
+        answer = lab.curl("--proxy", PROXY, "-i", plain).stdout
+        assert "HTTP/1.1 502" in answer and "does not accept the host's credentials" in answer
+        assert "Proxy-Authenticate" not in answer
+        assert "response 502" in lab.curl("--proxy", PROXY, secure, check=False).stderr
+        assert "Falsch9" not in lab.netstack.log
+
+        set_both(lab, f"{scheme}://127.0.0.1:8083")
+        for url in (plain, secure):
+            assert "407" in lab.curl("--proxy", PROXY, "-w", "%{http_code} %{http_connect}", url, check=False).stdout
+            found = lab.ask("--proxy", PROXY, "--proxy-anyauth", "--proxy-user", credentials, f"{url}/mine")
+            assert found["path"] == "/mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "trusted", "words"),
+    (
+        ("localhost", True, "ostname mismatch, certificate is not valid for 'localhost'"),
+        ("127.0.0.1", False, "unable to get local issuer certificate"),
+    ),
+)
+def test_a_proxy_with_a_wrong_certificate_is_told_nothing(lab: Lab, name: str, trusted: bool, words: str) -> None:
+    authority = lab.authority if trusted else trustme.CA()
+    with ProxyPy(
+        *(lab.world.host, lab.folder / f"py-{name}", "127.0.0.1", 8084),
+        credentials=f"user:{SECRET}",
+        certificate=authority.issue_cert("127.0.0.1"),
+    ) as daemon:
+        set_both(lab, f"https://user:{SECRET}@{name}:8084")
+        answer = lab.curl("--proxy", PROXY, "-i", "http://web.test/").stdout
+        assert "HTTP/1.1 502" in answer and words in answer
+        assert f"no TLS with the proxy https://***@{name}:8084" in answer
+        assert "response 502" in lab.curl("--proxy", PROXY, "https://web.test/", check=False).stderr
+        assert "web.test" not in daemon.log
+
+
+def set_both(lab: Lab, url: str) -> None:
+    lab.set_proxy(f'http = "{url}"\nhttps = "{url}"\n')
 
 
 def test_a_proxy_that_is_down_is_told_to_the_guest(lab: Lab) -> None:

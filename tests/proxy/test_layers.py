@@ -64,6 +64,9 @@ def test_the_environment_says_where_it_was_found() -> None:
     layer = env(HTTPS_PROXY="a:1", no_proxy="x", socks_proxy="s.test:1", FTP_PROXY="c.test:1")
     assert layer.why == "HTTPS_PROXY, FTP_PROXY, socks_proxy, no_proxy"
     assert layer.servers["socks"] == parse_server("socks5://s.test:1")
+    odd = env(all_proxy="socks5://%C3%BCser:hunter2@s.test:1")
+    assert odd.server_for("tcp") is not None
+    assert "all_proxy has a letter in its user that is not ASCII" in odd.problems[0] and "hunter2" not in str(odd)
 
 
 # ---- routes ----------------------------------------------------------------------------------------------------------

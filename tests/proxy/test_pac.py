@@ -203,6 +203,44 @@ async def test_a_long_url_is_cut_to_its_host() -> None:
     await runner.aclose()
 
 
+@pytest.mark.parametrize(
+    ("thrown", "shown"),
+    (
+        ("url", "http://web.test:81/..."),
+        ("new Error('no way for <' + url + '>')", "no way for <http://web.test:81/..."),
+        ("encodeURIComponent(url)", "http%3A%2F%2Fweb.test/..."),
+        ("url.toUpperCase()", "HTTP://WEB.TEST:81/..."),
+        ("'x http://me:hunter2@other.test/hunter2?hunter2 y'", "x http://other.test/... y"),
+        ("url.split('/')[3]", "..."),
+        ("'at ' + url.substring(url.indexOf('/', 8))", "at /..."),
+        ("decodeURIComponent(url.split('=')[1])", "..."),
+        ("JSON.parse('{' + url.split('/')[3])", "SyntaxError"),
+        ("Array(2000).join(url.substring(7) + ' ')", "web.test"),
+        ("new TypeError(host + ' is not wanted')", "TypeError: web.test is not wanted"),
+    ),
+)
+async def test_what_a_script_throws_shows_no_more_of_a_guests_url_than_its_host(thrown: str, shown: str) -> None:
+    runner = Runner(f"function FindProxyForURL(url, host) {{ throw {thrown}; }}")
+    assert (
+        await runner.find_proxy(SOURCE, "http://web.test:81/hunter2/p%61ss!hunter2?token=hunter2", "web.test") is None
+    )
+    for words in (runner.problem, *runner.problems):
+        assert words.startswith(
+            f"the script failed: {'Error: ' if 'Error(' in thrown and 'Type' not in thrown else ''}"
+        )
+        assert shown in words
+        for secret in ("hunter2", "HUNTER2", "p%61ss", "pass!", "me:"):
+            assert secret not in words
+    await runner.aclose()
+
+
+async def test_what_a_guest_asks_for_does_not_hide_that_memory_ran_out() -> None:
+    runner = Runner(HOSTILE)
+    assert await runner.find("memory", "http://memory/out/memory") is None
+    assert runner.counters["pac_killed"] == 1
+    await runner.aclose()
+
+
 async def test_a_script_that_is_none_says_why() -> None:
     runner = Runner("this is no script")
     assert await runner.find("x") is None

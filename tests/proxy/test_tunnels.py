@@ -176,6 +176,28 @@ HELLO = b"\5\1\0"
 BY_NAME = b"\5\1\0\3\10web.test\1\xbb"
 
 
+@pytest.mark.parametrize(
+    ("url", "words"),
+    (
+        (
+            "socks5h://%C3%BCser:geheim@proxy.test",
+            "has a letter in its user that is not ASCII, which SOCKS cannot send",
+        ),
+        ("socks5://user:geheim%E2%82%AC@proxy.test", "has a letter in its password that is not ASCII"),
+        ("socks4://%C3%BCser@proxy.test", "has a letter in its user that is not ASCII"),
+        (f"socks5h://user:{'geheim' * 50}@proxy.test", "has a password of more than 255 characters"),
+    ),
+)
+async def test_credentials_that_socks_cannot_send_are_told_in_words(desk: Desk, url: str, words: str) -> None:
+    desk.via(url)
+    answer = (await desk.ask(CONNECT)).decode()
+    assert answer.startswith("HTTP/1.1 502") and words in answer
+    assert f"the proxy {url.partition(':')[0]}://***@proxy.test:1080 has" in answer
+    for text in (answer, str(desk.proxy.records.recent())):
+        assert not any(secret in text for secret in ("Unicode", "geheim", "ü", "€"))
+    assert desk.dialled == []  # nobody was asked
+
+
 async def test_socks_connects_by_name_and_never_resolves_it(desk: Desk) -> None:
     heads: list[bytes] = []
     await desk.peer("proxy.test", proxy_script(OPEN, heads))
