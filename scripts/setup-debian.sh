@@ -35,8 +35,8 @@ resolved="systemd-resolved"
 networkmanager="network-manager libnm0 libndp0 libjansson4 libpsl5"
 packages="$packages dbus-daemon"
 
-# The host's proxies of the tests: unpacked, too, since they would start with the machine. What uses them: curl wget
-proxies="squid squid-common libecap3 libltdl7 tinyproxy-bin microsocks"
+# The host's proxies of the tests: unpacked, too, since they would start with the machine, with what this one lacks. What uses them: curl wget
+proxies="squid tinyproxy-bin microsocks"
 # And the desktop's settings: libglib2.0-bin (gsettings)
 packages="$packages curl wget libglib2.0-bin"
 
@@ -151,7 +151,7 @@ install_missing() {
     # shellcheck disable=SC2086
     case " $missing " in *" $networkmanager "*) unpack networkmanager $networkmanager >>"$log" 2>&1 || : ;; esac
     # shellcheck disable=SC2086
-    case " $missing " in *" $proxies "*) unpack proxies $proxies >>"$log" 2>&1 || : ;; esac
+    case " $missing " in *" $proxies "*) unpack_with_libraries proxies $proxies >>"$log" 2>&1 || : ;; esac
     # shellcheck disable=SC2086
     case " $missing " in *" $daemons "*) unpack_with_libraries daemons $daemons >>"$log" 2>&1 || : ;; esac
     unpacked=" $resolved $networkmanager $proxies $daemons "

@@ -58,7 +58,7 @@ class Daemon:
 
     def start(self) -> None:
         """Run it, until it listens."""
-        libraries = [str(path) for path in UNPACKED.glob("usr/lib/*-linux-gnu*")]
+        libraries = [str(path) for place in ("usr/lib", "lib") for path in UNPACKED.glob(f"{place}/*-linux-gnu*")]
         environment = os.environ | ({"LD_LIBRARY_PATH": ":".join(libraries)} if libraries else {})
         with (self.folder / "output").open("ab") as output:
             self.process = self.namespace.popen(
