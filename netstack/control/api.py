@@ -21,13 +21,13 @@ import logging
 import os
 import secrets
 import socket
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
 from netstack.control.log import Events
+from netstack.host.listeners import listen_unix as open_unix_listener
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -119,25 +119,20 @@ def listen_unix(path: str) -> ApiListener:
 
     Raises ApiError.
     """
-    place = Path(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        _remove_stale_socket(place)
-        # bind() makes the file with 0777 & ~umask: a chmod afterwards would leave a moment in which anybody may
-        # connect.
-        before = os.umask(0o177)
-        try:
-            sock.bind(path)
-        finally:
-            os.umask(before)
-        sock.listen(BACKLOG)
-        return ApiListener(sock, f"unix://{path}", path=place)
+        sock = open_unix_listener(path, BACKLOG)
+    except OSError as error:
+        code, words = error.errno, error.strerror
+        if isinstance(error, FileExistsError):
+            words = f"{words}; name another path"
+        elif code == errno.EADDRINUSE:
+            code, words = None, f"{words}; name another with --api"
+        raise ApiError(f"cannot listen for the API at {path}: {words}", code) from None
+    try:
+        return ApiListener(sock, f"unix://{path}", path=Path(path))
     except OSError as error:
         sock.close()
         raise ApiError(f"cannot listen for the API at {path}: {error.strerror}", error.errno) from None
-    except ApiError:
-        sock.close()
-        raise
 
 
 def listen_tcp(host: str, port: int) -> ApiListener:
@@ -295,19 +290,3 @@ def _import_server() -> None:
     import netstack.control.gvproxy_api
     import netstack.control.openapi
     import netstack.control.tunnels  # noqa: F401
-
-
-def _remove_stale_socket(path: Path) -> None:
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            words = "a file that is no socket is there; name another path"
-            raise ApiError(f"cannot listen for the API at {path}: {words}", errno.EEXIST)
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        code = probe.connect_ex(str(path))
-    if code == errno.ECONNREFUSED:
-        path.unlink(missing_ok=True)
-    elif code != errno.ENOENT:
-        raise ApiError(f"cannot listen for the API at {path}: another process listens there; name another with --api")

@@ -153,7 +153,7 @@ def listen_tcp(host: str, port: int) -> socket.socket:
     return sock
 
 
-def listen_unix(path: str) -> socket.socket:
+def listen_unix(path: str, backlog: int = BACKLOG) -> socket.socket:
     """Listen at a unix socket that only its owner can use; one that nobody listens at is replaced.
 
     Raises OSError: EADDRINUSE when somebody does, EEXIST when there is a file that is no socket.
@@ -168,7 +168,7 @@ def listen_unix(path: str) -> socket.socket:
             sock.bind(path)
         finally:
             os.umask(before)
-        sock.listen(BACKLOG)
+        sock.listen(backlog)
         sock.setblocking(False)
     except BaseException:
         sock.close()
